@@ -51,6 +51,7 @@ def build_engine(config: ClusterConfig, node_name: str, make_store: StoreFactory
             declared=declared,
             store_timeout_s=timeout_s,
             grammars=sim_grammars(engine, folder if folder.is_dir() else None),
+            adapters=config.model.adapters,
         )
     assert isinstance(engine, TorchEngineConfig), "vLLM has stores of its own: see engines.process.child"
     from engines.torch.engine import build_torch_engine

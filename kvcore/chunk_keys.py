@@ -17,6 +17,12 @@ is, `.p` and a number at its end: so many have the root of the salt `kvp1.`, and
 
     fork = SHA256(b"kvferry.fork.v1" || key of the last public chunk || u32le(len(salt)) || salt)[:16]
 
+KV that a LoRA adapter has made has a salt that begins with `kva1.`, 32 hex digits of the adapter's identity and a dot;
+then comes the salt that it would have without. An engine computes a request with the adapter that its salt names, so
+that what lies under a key and how it was computed cannot differ. The owner is that of the salt without.
+
+    identity = hex(SHA256(b"kvferry.adapter.v1" || u32le(len(name)) || name || digest of its files)[:16])
+
 The published test vector is in `tests/unit/kvcore/test_chunk_keys.py` and docs/wire-formats.md: another
 implementation is right if it gives the same bytes. Never Python's `hash()`, which differs between processes.
 """
@@ -36,6 +42,10 @@ TENANT_SALT = b"kvt1."
 """How a tenant's salt begins."""
 PUBLIC_SALT = b"kvp1."
 _WITH_PUBLIC = re.compile(rb"kvt1\.[0-9a-f]{32}\.[0-9a-f]{32}\.p([1-9][0-9]{0,5})")
+ADAPTER_SALT = b"kva1."
+"""How the salt of KV that an adapter has made begins; a client's own must not."""
+_ADAPTER_PART = re.compile(rb"kva1\.([0-9a-f]{32})\.")
+_ADAPTER_DOMAIN = b"kvferry.adapter.v1"
 _FORK_DOMAIN = b"kvferry.fork.v1"
 _TENANT_PART = len(TENANT_SALT) + 32
 _DOMAIN = b"kvferry.chunk.v1"
@@ -52,6 +62,7 @@ def root_key(fingerprint: bytes, salt: bytes = b"") -> ChunkKey:
 
 def owner_of(salt: bytes) -> OwnerTag:
     """Whose chunks those with this salt are; without one they are those of one tenant, too."""
+    _, salt = split_adapter(salt)
     if salt.startswith(TENANT_SALT) and salt[_TENANT_PART : _TENANT_PART + 1] == b".":
         salt = salt[:_TENANT_PART]
     return OwnerTag(sha256(_OWNER_DOMAIN + salt).digest()[:OWNER_BYTES])
@@ -59,7 +70,24 @@ def owner_of(salt: bytes) -> OwnerTag:
 
 def own_salt(salt: bytes) -> bytes:
     """Without what it says of a public prefix."""
-    return salt[: salt.rindex(b".p")] if _WITH_PUBLIC.fullmatch(salt) else salt
+    return salt[: salt.rindex(b".p")] if _WITH_PUBLIC.fullmatch(split_adapter(salt)[1]) else salt
+
+
+def adapter_identity(name: str, digest: bytes) -> str:
+    """32 hex digits that stand for an adapter: another name or other files (`digest`, of any length), another one."""
+    size = len(name.encode()).to_bytes(4, "little")
+    return sha256(_ADAPTER_DOMAIN + size + name.encode() + digest).hexdigest()[: 2 * KEY_BYTES]
+
+
+def adapted_salt(identity: str, salt: bytes) -> bytes:
+    """That of KV which the adapter makes where the model alone would have `salt`. Empty: the model alone."""
+    return ADAPTER_SALT + identity.encode() + b"." + salt if identity else salt
+
+
+def split_adapter(salt: bytes) -> tuple[str, bytes]:
+    """The identity of the adapter that a salt names, empty if none, and the salt without it."""
+    found = _ADAPTER_PART.match(salt)
+    return (found[1].decode(), salt[found.end() :]) if found else ("", salt)
 
 
 def chunk_keys(root: ChunkKey, token_ids: Sequence[int], chunk_tokens: int) -> list[ChunkKey]:
@@ -92,10 +120,11 @@ class KeyChain(NamedTuple):
     @classmethod
     def of(cls, fingerprint: bytes, salt: bytes) -> "KeyChain":
         """That of a request with this salt."""
-        found = _WITH_PUBLIC.fullmatch(salt)
+        adapter, own = split_adapter(salt)
+        found = _WITH_PUBLIC.fullmatch(own)
         if found is None:
             return cls(root_key(fingerprint, salt))
-        return cls(root_key(fingerprint, PUBLIC_SALT), int(found[1]), salt)
+        return cls(root_key(fingerprint, adapted_salt(adapter, PUBLIC_SALT)), int(found[1]), salt)
 
     def parent(self, keys: Sequence[ChunkKey], index: int) -> ChunkKey:
         """What chunk `index` continues. `keys`: of all before it, at least."""

@@ -8,14 +8,16 @@ from typing import TypeVar
 
 import msgspec
 
-from kvcore.errors import InvalidRequestError
+from kvcore.chunk_keys import split_adapter
+from kvcore.errors import InvalidRequestError, ModelChangedError
 from kvnode.limits import NodeLimits
 from nodeapi.documents import CompareRequest
 from nodeapi.messages import EngineInfo, GenerateRequest, PrefillRequest
 from nodeapi.sampling import SamplingParams
 
 MAX_ID_CHARS = 256
-MAX_SALT_BYTES = 4096
+MAX_SALT_BYTES = 4096 + 64
+"""1,024 characters of a client, and what is put before them for an adapter."""
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 128
 MAX_COMPARED = 64
@@ -25,13 +27,15 @@ _Request = TypeVar("_Request", PrefillRequest, GenerateRequest, CompareRequest)
 
 
 def parse_request(body: bytes, kind: type[_Request], info: EngineInfo, limits: NodeLimits = NodeLimits()) -> _Request:
-    """The request in a msgpack body. Raises InvalidRequestError naming the field."""
+    """The request in a msgpack body. Raises InvalidRequestError naming the field, and ModelChangedError for an adapter
+    that the engine does not serve."""
     try:
         request = msgspec.msgpack.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"the body is not a {kind.__name__}: {error}") from error
     _require(0 < len(request.request_id) <= MAX_ID_CHARS, "request_id", f"must have 1 to {MAX_ID_CHARS} characters")
     _require(len(request.cache_salt) <= MAX_SALT_BYTES, "cache_salt", f"must have at most {MAX_SALT_BYTES} bytes")
+    _check_adapter(request.cache_salt, info)
     longest_s = limits.longest_deadline_s
     _require(0 < request.deadline_s <= longest_s, "deadline_s", f"must lie in (0, {longest_s:g}]")
     _require(len(request.prompt_token_ids) > 0, "prompt_token_ids", "must not be empty")
@@ -43,6 +47,13 @@ def parse_request(body: bytes, kind: type[_Request], info: EngineInfo, limits: N
         _require(1 <= request.num_tokens <= MAX_COMPARED, "num_tokens", f"must be 1 to {MAX_COMPARED}")
         _require(0 <= request.max_distance < math.inf, "max_distance", "must be finite, and not negative")
     return request
+
+
+def _check_adapter(salt: bytes, info: EngineInfo) -> None:
+    adapter, _ = split_adapter(salt)
+    if adapter and all(one.identity != adapter for one in info.adapters):
+        served = ", ".join(one.name for one in info.adapters) or "none"
+        raise ModelChangedError(f"the adapter {adapter} is not served by this node (any more): it has {served}")
 
 
 def _check_documents(request: PrefillRequest | GenerateRequest | CompareRequest, info: EngineInfo) -> None:

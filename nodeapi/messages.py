@@ -9,6 +9,7 @@ from enum import StrEnum
 import msgspec
 
 from kvcore.types import KVSpec, NodeInfo, Segment
+from nodeapi.adapters import ServedAdapter
 from nodeapi.documents import UNKNOWN, Documents
 from nodeapi.prompt_logprobs import PromptLogprobs
 from nodeapi.sampling import SamplingParams
@@ -238,6 +239,8 @@ class EngineInfo(_TolerantMessage, frozen=True, kw_only=True):
     """Fields of SamplingParams that it cannot obey: no request that has one is sent to it."""
     refuses_documents: str = UNKNOWN
     """Why it takes no request with documents; empty: it does."""
+    adapters: list[ServedAdapter] = []
+    """No request whose salt names another one is sent to it."""
     kv_peer: dict[str, str] = {}
     """What an engine that fetches KV from this one by itself must know of it, by vLLM's names. Empty: nothing."""
 

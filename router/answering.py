@@ -3,9 +3,11 @@
 Knows no HTTP and no surface's field names. What becomes of an answer is `router.client_answer`'s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
+from kvcore.chunk_keys import adapted_salt
 from kvcore.errors import (
     ContextLengthError,
     InvalidRequestError,
@@ -14,6 +16,7 @@ from kvcore.errors import (
     OverloadedError,
 )
 from nodeapi.grammars.grammar import Grammar
+from router.adapters import AdapterNames
 from router.admission.gate import Admission
 from router.client_answer import AnswerLimits, ClientAnswer
 from router.nodes.cluster import Cluster
@@ -47,7 +50,7 @@ def _num_chars(prompt: Prompt) -> int:
 
 
 class Answerer:
-    """Starts answers. One a router. A surface calls, in this order: `check_model`, `encode`, `start`."""
+    """Starts answers. One a router. A surface calls, in this order: `check_model`, `encode`, `adapted`, `start`."""
 
     def __init__(
         self,
@@ -60,9 +63,12 @@ class Answerer:
         admission: Admission | None = None,
         limits: AnswerLimits = AnswerLimits(),
         aliases: Sequence[str] = (),
+        adapters: Mapping[str, str] = {},
         grammars: GrammarChecks | None = None,
     ) -> None:
+        """`adapters`: the cluster file's, by their names."""
         self.model, self.names = model, (model, *aliases)
+        self.adapters = AdapterNames(cluster, adapters)
         self.tokenizer = tokenizer
         self._dispatcher = dispatcher
         self._cluster = cluster
@@ -82,8 +88,21 @@ class Answerer:
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFoundError."""
-        if name not in self.names:
+        if name not in self.names and name not in self.adapters:
             raise ModelNotFoundError(f"the model {name!r} does not exist here; there is {self.model!r}", param="model")
+
+    def adapted(self, request: AnswerRequest, name: str | None) -> AnswerRequest:
+        """The request, of the adapter if that is what a checked `model` names. Raises NodeUnavailableError where no
+        node that is up serves it."""
+        if not name or name in self.names:
+            return request
+        identity = self.adapters.identity(name)
+        specs = [replace(spec, cache_salt=adapted_salt(identity, spec.cache_salt)) for spec in request.specs]
+        return replace(request, specs=specs)
+
+    def told_name(self, name: str | None) -> str:
+        """What an answer calls the model for which a checked `model` was sent."""
+        return name if name and name not in self.names else self.model
 
     async def check_grammar(self, grammar: Grammar, param: str) -> None:
         """Whether an answer can follow it. Raises InvalidRequestError, OverloadedError."""

@@ -202,6 +202,7 @@ def _answerer(
     return Answerer(
         model=config.model.name,
         aliases=config.model.aliases,
+        adapters=config.model.adapters,
         tokenizer=tokenizer,
         dispatcher=dispatcher,
         cluster=services.cluster,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from engines.paged.documents import place_documents
 from engines.paged.leg import Leg, StopRule
 from engines.paged.sequence import PlacedDocument, TokenSequence
-from kvcore.chunk_keys import KeyChain, owner_of, usable_chunks
+from kvcore.chunk_keys import KeyChain, owner_of, split_adapter, usable_chunks
 from kvcore.clock import Clock
 from kvcore.errors import ContextLengthError, InvalidRequestError
 from nodeapi.messages import EngineInfo, GenerateRequest, PrefillRequest
@@ -112,5 +112,6 @@ class Arrivals:
             num_prompt=len(prompt),
             chain=KeyChain.of(self._info.kv_spec.fingerprint, salt),
             chunk_tokens=self._info.kv_spec.chunk_tokens,
+            adapter=split_adapter(salt)[0],
             owner=owner_of(salt),
         )

@@ -64,6 +64,8 @@ class StepSlice:
     keeps_rest: bool = False
     """Rows behind the slice, in the block that it ends in, have KV already, or zeros."""
     score: ScoreSpec | None = None
+    adapter: str = ""
+    """The identity of the adapter that computes it; empty: the model alone."""
 
 
 @dataclass(frozen=True, slots=True)

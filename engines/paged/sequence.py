@@ -69,6 +69,8 @@ class TokenSequence:
     num_prompt: int
     chain: KeyChain
     chunk_tokens: int
+    adapter: str = ""
+    """The identity of the adapter that `chain` is of; empty: of the model alone."""
     owner: OwnerTag | None = None
     """Whose chunks they are."""
     sampling: SamplingParams | None = None
@@ -210,6 +212,7 @@ class TokenSequence:
             tokens=list(self.tokens),
             num_prompt=self.num_prompt,
             chain=self.chain,
+            adapter=self.adapter,
             chunk_tokens=self.chunk_tokens,
             owner=self.owner,
             sampling=self.sampling,

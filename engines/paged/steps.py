@@ -186,7 +186,7 @@ def step_slice(item: Work, block_size: int) -> StepSlice:
     kept = bool(sequence.holes) and sequence.keeps_rest(end, block_size)
     tokens = sequence.tokens[start:end]
     score = _score(sequence, start, end) if start < sequence.num_prompt else None
-    return StepSlice(tokens, start, sequence.block_table, sample, kept, score)
+    return StepSlice(tokens, start, sequence.block_table, sample, kept, score, sequence.adapter)
 
 
 def _score(sequence: TokenSequence, start: int, end: int) -> ScoreSpec | None:

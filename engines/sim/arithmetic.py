@@ -22,19 +22,21 @@ _FIRST = 16
 
 
 class Arithmetic:
-    """For one version of the weights. `record_bytes`: KV of one token, a multiple of 16."""
+    """For one version of the weights. `record_bytes`: KV of one token, a multiple of 16. `adapter`: the identity of the
+    one that it stands for; empty: the model alone."""
 
-    def __init__(self, weights_version: str, record_bytes: int, vocab_size: int) -> None:
+    def __init__(self, weights_version: str, record_bytes: int, vocab_size: int, adapter: str = "") -> None:
         if record_bytes <= 0 or record_bytes % RECORD_UNIT:
             raise ValueError(f"bytes_per_token is {record_bytes}, not a multiple of {RECORD_UNIT}")
         self._weights = xxhash.xxh3_64_intdigest(weights_version.encode())
+        self._seed = xxhash.xxh3_64_intdigest(adapter.encode(), seed=self._weights) if adapter else self._weights
         self._repeats = record_bytes // RECORD_UNIT
         self._vocab_size = vocab_size
         self._overs: list[int] = []
 
     def record(self, previous: bytes | memoryview, token: int, position: int) -> bytes:
         """KV of `token` at `position`, after the record `previous` (empty at position 0)."""
-        chained = xxhash.xxh3_128_intdigest(bytes(previous) + token.to_bytes(8, "little"), seed=self._weights)
+        chained = xxhash.xxh3_128_intdigest(bytes(previous) + token.to_bytes(8, "little"), seed=self._seed)
         over = self._overs[position] if position < len(self._overs) else self._over(position)
         return (chained ^ over).to_bytes(RECORD_UNIT, "little") * self._repeats
 

@@ -21,12 +21,14 @@ def expected_tokens(
     output: Sequence[int] = (),
     *,
     documents: Documents | None = None,
+    adapter: str = "",
 ) -> list[list[int]]:
     """The completions' tokens, one list an index (`n`; None: `sampling.n`), `output` of a continued one included.
 
     The context ends a completion at `config.max_context` tokens. `documents`: those that are reused.
+    `adapter`: the identity of the one that answers.
     """
-    arithmetic = Arithmetic(config.weights_version, config.bytes_per_token, config.vocab_size)
+    arithmetic = Arithmetic(config.weights_version, config.bytes_per_token, config.vocab_size, adapter)
     reused = _reused(arithmetic, prompt, documents) if documents is not None else {}
     return [
         _completion(arithmetic, [*prompt, *output], len(prompt), sampling, index, config.max_context, reused)

@@ -14,6 +14,7 @@ from engines.paged.runner import PAGED_LACKS, RowMove, Sampled, StepOutput, Step
 from engines.sim.arithmetic import Arithmetic
 from kvcore.config.schema import SimEngineConfig
 from kvcore.types import DeclaredKV, KVSpec
+from nodeapi.adapters import ServedAdapter
 from nodeapi.messages import EngineInfo
 from nodeapi.prompt_logprobs import PromptLogprobs
 
@@ -43,9 +44,18 @@ def sim_spec(config: SimEngineConfig, model: str, chunk_tokens: int, declared: D
 class SimRunner:
     """See `engines.paged.runner.ModelRunner`. A step sleeps first, then reads and writes, in one go."""
 
-    def __init__(self, config: SimEngineConfig, model: str, chunk_tokens: int, declared: DeclaredKV = ()) -> None:
+    def __init__(
+        self,
+        config: SimEngineConfig,
+        model: str,
+        chunk_tokens: int,
+        declared: DeclaredKV = (),
+        adapters: Sequence[ServedAdapter] = (),
+    ) -> None:
         self._config = config
-        self._arithmetic = Arithmetic(config.weights_version, config.bytes_per_token, config.vocab_size)
+        sizes = config.weights_version, config.bytes_per_token, config.vocab_size
+        self._adapted = {one.identity: Arithmetic(*sizes, one.identity) for one in adapters}
+        self._arithmetic = self._adapted[""] = Arithmetic(*sizes)
         self._block_bytes = config.block_size * config.bytes_per_token
         self._memory = memoryview(bytearray(config.num_blocks * self._block_bytes))
         self._info = EngineInfo(
@@ -58,6 +68,7 @@ class SimRunner:
             num_blocks=config.num_blocks,
             refuses_documents="",
             lacks=PAGED_LACKS,
+            adapters=list(adapters),
         )
 
     @property
@@ -118,8 +129,9 @@ class SimRunner:
 
     def _write(self, item: StepSlice) -> None:
         previous: bytes | memoryview = self._record_at(item.block_table, item.start - 1) if item.start else b""
+        arithmetic = self._adapted[item.adapter]
         for position, token in enumerate(item.token_ids, item.start):
-            previous = self._arithmetic.record(previous, token, position)
+            previous = arithmetic.record(previous, token, position)
             self._record_at(item.block_table, position)[:] = previous
 
     def _sample(self, item: StepSlice) -> list[Sampled]:

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,10 +18,13 @@ import msgspec
 from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError, VLLMError
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from engines.provenance import check_unchanged
+from engines.vllm.adapters import ReadAdapter, read_adapters
 from engines.vllm.bus import Bus, LegReports
 from engines.vllm.connector.orders import LegParams
 from engines.vllm.outputs import failure_of, leg_info, leg_result, prefill_result, token_delta
@@ -34,12 +37,14 @@ from engines.vllm.sampling import (
 )
 from engines.vllm.start import VllmStart, start_vllm
 from engines.vllm.stats import VllmStats
-from kvcore.chunk_keys import usable_chunks
+from kvcore.chunk_keys import split_adapter, usable_chunks
 from kvcore.errors import (
     ContextLengthError,
     DeadlineExceededError,
     EngineDiedError,
     InvalidRequestError,
+    ModelChangedError,
+    ModelLoadError,
     OverloadedError,
 )
 from kvcore.telemetry import log_fields
@@ -85,6 +90,7 @@ class VllmEngine:
         self._stats = VllmStats()
         self._llm: AsyncLLM | None = None
         self._info: EngineInfo | None = None
+        self._adapters: Mapping[str, LoRARequest] = {}
         self._legs = 0
 
     def __repr__(self) -> str:
@@ -92,12 +98,16 @@ class VllmEngine:
         return f"<VllmEngine of {self._start.node_id}, {state}, {self._legs} of {self._start.max_legs} legs>"
 
     async def __aenter__(self) -> Self:
-        """Raises ConfigError for arguments and models that vLLM refuses, EngineError when it fails to start."""
+        """Raises ConfigError for arguments and models that vLLM refuses, ModelLoadError for a model or an adapter that
+        cannot be read, EngineError when it fails to start."""
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._bus)
-            self._llm = await start_vllm(self._start, self._bus.path, self._stats)
+            adapters = await asyncio.to_thread(read_adapters, self._start.config.model.adapters)
+            self._llm = await start_vllm(self._start, self._bus.path, self._stats, adapters)
             stack.callback(self._llm.shutdown)
-            self._info = _info(self._llm, await self._bus.wait_workers(self._num_ranks, self._limits.workers_s))
+            spec = await self._bus.wait_workers(self._num_ranks, self._limits.workers_s)
+            self._adapters = await load_adapters(self._llm, adapters)
+            self._info = _info(self._llm, spec, adapters)
             watch = asyncio.create_task(self._watch(), name="vllm-watch")
             stack.callback(watch.cancel)
             self._stack = stack.pop_all()
@@ -240,12 +250,12 @@ class VllmEngine:
         self, leg: str, prompt: list[int], salt: bytes, sampling: SamplingParams, deadline_s: float
     ) -> AsyncGenerator[Any, None]:
         """vLLM's outputs of one request until the deadline; its errors become ours. Closing it aborts the request."""
-        tokens = TokensPrompt(prompt_token_ids=prompt)
+        tokens, adapter = TokensPrompt(prompt_token_ids=prompt), self._adapter(salt)
         if salt:
             tokens["cache_salt"] = salt.hex()
         deadline = asyncio.get_running_loop().time() + deadline_s
         try:
-            async with aclosing(self._vllm.generate(tokens, sampling, leg)) as outputs:
+            async with aclosing(self._vllm.generate(tokens, sampling, leg, lora_request=adapter)) as outputs:
                 while True:
                     async with asyncio.timeout_at(deadline):
                         output = await anext(outputs, None)
@@ -260,6 +270,13 @@ class VllmEngine:
             raise InvalidRequestError(f"vLLM refuses the request: {error}") from error
         except (VLLMError, ValueError) as error:
             raise failure_of(error) from error
+
+    def _adapter(self, salt: bytes) -> LoRARequest | None:
+        """The one that a salt names. Raises ModelChangedError."""
+        identity, _ = split_adapter(salt)
+        if identity and identity not in self._adapters:
+            raise ModelChangedError(f"this engine does not serve the adapter {identity}")
+        return self._adapters.get(identity)
 
     async def _wait_saved(self, reports: LegReports, left_s: float) -> None:
         bound_s = max(0.0, min(left_s, self._start.store_timeout_s + self._limits.save_grace_s))
@@ -278,7 +295,21 @@ class VllmEngine:
         os._exit(EXIT_CORE_DIED)
 
 
-def _info(llm: AsyncLLM, spec: KVSpec) -> EngineInfo:
+async def load_adapters(llm: AsyncLLM, adapters: Sequence[ReadAdapter]) -> dict[str, LoRARequest]:
+    """By their identities. Raises ModelLoadError for one that vLLM refuses or that was written meanwhile."""
+    requests: dict[str, LoRARequest] = {}
+    for number, one in enumerate(adapters, 1):
+        name, identity = one.served.name, one.served.identity
+        requests[identity] = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(one.folder))
+        try:
+            await llm.add_lora(requests[identity])
+        except Exception as error:  # of any kind, as its text came from vLLM's core
+            raise ModelLoadError(f"model.adapters.{name}: vLLM does not load {one.folder}: {error}") from error
+        check_unchanged(one.stamps)
+    return requests
+
+
+def _info(llm: AsyncLLM, spec: KVSpec, adapters: Sequence[ReadAdapter]) -> EngineInfo:
     config = llm.vllm_config
     reasoning = config.reasoning_config
     model = config.model_config
@@ -294,5 +325,6 @@ def _info(llm: AsyncLLM, spec: KVSpec) -> EngineInfo:
         num_blocks=int(config.cache_config.num_gpu_blocks or 0),
         max_sequences=int(config.scheduler_config.max_num_seqs),
         refuses_documents=NO_DOCUMENTS,
+        adapters=[one.served for one in adapters],
         lacks=[] if reasoning is not None and reasoning.enabled else ["thinking_token_budget"],
     )

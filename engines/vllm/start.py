@@ -20,6 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from engines.provenance import DIGEST_CACHE, FileStamp, check_unchanged, versioned, weights_digest
+from engines.vllm.adapters import ReadAdapter, adapter_arguments
 from engines.vllm.arguments import command_line
 from engines.vllm.connector.settings import ConnectorSettings, Provenance, to_extra_config
 from engines.vllm.stats import VllmStats
@@ -56,14 +57,17 @@ class VllmStart:
         return self.config.transport.timeout_s
 
 
-async def start_vllm(start: VllmStart, bus_path: str, stats: VllmStats) -> AsyncLLM:
+async def start_vllm(
+    start: VllmStart, bus_path: str, stats: VllmStats, adapters: Sequence[ReadAdapter] = ()
+) -> AsyncLLM:
     """A running AsyncLLM, to be shut down by the caller. Holds the event loop while vLLM starts.
 
     Raises ConfigError, ModelLoadError for what vLLM refuses, EngineError when it dies at its start.
     """
     model = start.config.model
     folder = await asyncio.to_thread(find_folder, model.path, HUB_FILES)
-    vllm_config = engine_config(command_line(start.engine.args, model, str(folder)))
+    words = command_line(start.engine.args, model, str(folder))
+    vllm_config = engine_config([*words, *adapter_arguments(start.engine.args, adapters)])
     stamps = weight_stamps(folder)
     provenance = await asyncio.to_thread(measure_provenance, folder, model.name, vllm_config.model_config)
     digest = versioned(provenance.weights_digest, model.version)

@@ -17,7 +17,7 @@ from kvcore.config.schema import (
 )
 from kvcore.config.server_checks import EVERY_INTERFACE, check_addresses
 from kvcore.config.servers import address_of, as_router_at, own_host, own_ports, partitions_of, routers_of, servers_of
-from kvcore.config.vllm_options import argument, check_arguments
+from kvcore.config.vllm_options import argument, check_adapters, check_arguments
 from kvcore.ports import is_loopback
 from kvcore.types import Role
 
@@ -34,7 +34,16 @@ def check_cluster(config: ClusterConfig) -> list[str]:
     ours = _check_engines(config) if config.handoff.traits.has_store else _check_servers(config)
     if servers := check_addresses(config):
         return [*named, *servers]
-    rest = (_check_nodes, _check_ports, _check_cors, _check_bounds, _check_mooncake, _check_dialect, _check_security)
+    rest = (
+        check_adapters,
+        _check_nodes,
+        _check_ports,
+        _check_cors,
+        _check_bounds,
+        _check_mooncake,
+        _check_dialect,
+        _check_security,
+    )
     return [*named, *ours, *(problem for check in rest for problem in check(config))]
 
 

@@ -27,8 +27,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+")
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConfig:
     """Read, override, convert and check. `overrides` are `a.b=value`, the value in YAML. Blocking.
 
-    `transport` is always a TransportConfig afterwards; `model.path` is absolute for
-    the torch engine and vLLM, unless it is a hub id (`owner/name`) and no folder; so are the files of `security`
+    `transport` is always a TransportConfig afterwards; `model.path` and the paths of `model.adapters` are absolute for
+    the torch engine and vLLM, unless one is a hub id (`owner/name`) and no folder; so are the files of `security`
     and of `router.tls`.
     """
     file = Path(path).expanduser()
@@ -138,10 +138,14 @@ def _check_new_nodes(raw: dict[str, object], named: list[str]) -> None:
 def _resolve_model_path(config: ClusterConfig, folder: Path) -> ClusterConfig:
     if config.handoff.traits.has_store and isinstance(config.engine, SimEngineConfig):
         return config  # to the simulated engine it is a name
-    absolute = str(folder / Path(config.model.path).expanduser())
-    if _HUB_ID.fullmatch(config.model.path) and not Path(absolute).exists():
-        return config  # it is looked up on the hub
-    return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, path=absolute))
+
+    def resolved(path: str) -> str:
+        absolute = str(folder / Path(path).expanduser())
+        return path if _HUB_ID.fullmatch(path) and not Path(absolute).exists() else absolute  # or: is on the hub
+
+    adapters = {name: resolved(path) for name, path in config.model.adapters.items()}
+    model = msgspec.structs.replace(config.model, path=resolved(config.model.path), adapters=adapters)
+    return msgspec.structs.replace(config, model=model)
 
 
 def _resolve_security_paths(config: ClusterConfig, folder: Path) -> ClusterConfig:

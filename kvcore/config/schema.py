@@ -35,6 +35,9 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """What clients send as `model`."""
     aliases: list[Text] = msgspec.field(default_factory=list)
     """Other names that clients may send, all for this model. Answers say `name`."""
+    adapters: dict[str, Text] = msgspec.field(default_factory=dict)
+    """LoRA adapters of the model by the names that clients send as `model`: folders in PEFT's format, or hub ids. They
+    take engine vllm (docs/vllm.md); to the simulated one paths are names."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The numbers that the engine computes with. KV of different types is never shared."""
     max_context: Count | None = None

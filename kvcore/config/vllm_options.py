@@ -6,10 +6,12 @@ import ipaddress
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from kvcore.config.schema import ModelConfig, VllmEngineConfig
+from kvcore.config.schema import ClusterConfig, ModelConfig, TorchEngineConfig, VllmEngineConfig
 
 _FOLDER = "give model.path: the router reads the same folder"
 _CONNECTOR = "it puts kvferry's store under vLLM; the top-level `handoff` chooses another connector"
+_ADAPTERS = "give model.adapters"
+_MAX_NAME_CHARS = 256
 _ONE_MACHINE = "an engine lives on one machine; add nodes"
 
 RESERVED: Mapping[str, str] = {
@@ -34,6 +36,10 @@ RESERVED: Mapping[str, str] = {
     "disable-hybrid-kv-cache-manager": "the store keeps KV of one kind of block",
     "enable-sleep-mode": "the store's transports hold the addresses of the KV memory",
     "disable-log-stats": "the node's /metrics needs them",
+    "enable-lora": _ADAPTERS,
+    "lora-": _ADAPTERS,
+    "default-mm-loras": _ADAPTERS,
+    "max-cpu-loras": "all of model.adapters stay in main memory",
     "data-parallel-": "one engine a node; add nodes",
     "nnodes": _ONE_MACHINE,
     "node-rank": _ONE_MACHINE,
@@ -77,6 +83,28 @@ def _reserved(name: str) -> str | None:
         if known.startswith(head) or (known.endswith("-") and head.startswith(known)):
             return instead
     return None
+
+
+def check_adapters(config: ClusterConfig) -> Iterator[str]:
+    """What is wrong with `model.adapters`, as `path: explanation`. What their folders hold is the engine's question."""
+    model = config.model
+    for name in model.adapters:
+        path = f"model.adapters.{name}"
+        if not (0 < len(name) <= _MAX_NAME_CHARS and name.isprintable()):
+            yield f"{path}: the name of an adapter has 1 to {_MAX_NAME_CHARS} printable characters"
+        elif name in (model.name, *model.aliases):
+            yield f"{path}: the model itself is called {name}; give the adapter another name"
+    if not model.adapters:
+        return
+    if not config.handoff.traits.has_store:
+        yield (
+            f"model.adapters: with handoff {config.handoff} the servers run already and say themselves which adapters "
+            "they serve (--lora-modules); take it out"
+        )
+    engines = {"engine": config.engine} | {f"nodes.{name}.engine": node.engine for name, node in config.nodes.items()}
+    for path, engine in engines.items():
+        if isinstance(engine, TorchEngineConfig):
+            yield f"model.adapters: {path}: the torch engine serves no adapters; engine.kind: vllm does"
 
 
 def spell_out_engines(raw: dict[str, object]) -> None:

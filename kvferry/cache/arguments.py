@@ -23,6 +23,8 @@ def add_cache(parser: argparse.ArgumentParser, config_type: Callable[[str], Path
         made = commands.add(name, run, text)
         if files:
             made.add_argument("files", nargs="+", metavar="FILE", help=_FILES)
+            named = "the model or adapter whose KV it is, where a body does not say; not given: the model alone"
+            made.add_argument("--model", default="", metavar="NAME", help=named)
             made.add_argument("--tenant", default="", metavar="NAME", help="whose they are, with an admin's key")
         return made
 
@@ -79,5 +81,6 @@ def _ttl(text: str) -> float | None:
 def _commands(arguments: argparse.Namespace) -> "CacheCommands":
     from kvferry.cache.commands import CacheCommands
 
-    tenant = getattr(arguments, "tenant", "")
-    return CacheCommands(router_url(arguments), terminal(), arguments.json, router_trust(arguments), tenant)
+    tenant, model = getattr(arguments, "tenant", ""), getattr(arguments, "model", "")
+    trust = router_trust(arguments)
+    return CacheCommands(router_url(arguments), terminal(), arguments.json, trust, tenant=tenant, model=model)

@@ -48,6 +48,8 @@ class CacheCommands:
     trust: ClusterTrust = OPEN
     tenant: str = ""
     """Whose prompts they are; empty: the caller's own."""
+    model: str = ""
+    """The model or adapter whose KV is meant, where a body does not say; empty: the model alone."""
 
     def run(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
         """Run one of the methods below to its end, or to Ctrl-C."""
@@ -126,7 +128,7 @@ class CacheCommands:
 
     async def lookup(self, router: RouterCalls, files: Sequence[str]) -> int:
         """Where prompts lie."""
-        prompts = read_prompts(files)
+        prompts = read_prompts(files, self.model)
         replies = await self._each(prompts, lambda one: router.post("/v1/cache/lookup", one.body, LookupReply))
         if not self._printed(replies):
             self.console.print(lookup_table(prompts, replies))
@@ -137,7 +139,7 @@ class CacheCommands:
     ) -> int:
         """Pin, unpin, evict the chunks of prompts, or give them an end."""
         query = {} if ttl_s is None else {"ttl_s": f"{ttl_s:g}"}
-        prompts = read_prompts(files)
+        prompts = read_prompts(files, self.model)
         replies = await self._each(prompts, lambda one: router.post(f"/v1/cache/{kind}", one.body, OrderReply, **query))
         if not self._printed(replies):
             self._lines(order_lines(did, replies))
@@ -145,7 +147,7 @@ class CacheCommands:
 
     async def warm(self, router: RouterCalls, files: Sequence[str]) -> int:
         """Prefill prompts into the store. Stopped, it leaves what was stored."""
-        prompts = read_prompts(files)
+        prompts = read_prompts(files, self.model)
         replies: list[WarmReply] = []
         with Progress(console=self.console, disable=self.as_json or not self.console.is_terminal) as progress:
             bar = progress.add_task("warming", total=len(prompts))

@@ -20,9 +20,13 @@ class GivenPrompt:
     body: Body
 
 
-def read_prompts(files: Sequence[str]) -> list[GivenPrompt]:
-    """Of all files in order; `-` is stdin. Raises ConfigError that names the file, and the line."""
-    return [prompt for file in files for prompt in _of_file(file)]
+def read_prompts(files: Sequence[str], model: str = "") -> list[GivenPrompt]:
+    """Of all files in order; `-` is stdin. `model`: of those that name none.
+
+    Raises ConfigError that names the file, and the line.
+    """
+    given = [prompt for file in files for prompt in _of_file(file)]
+    return [GivenPrompt(one.source, {"model": model, **one.body}) for one in given] if model else given
 
 
 def _of_file(file: str) -> list[GivenPrompt]:

@@ -32,7 +32,7 @@ from kvferry.doctor.security import check_security
 from kvferry.doctor.servers import check_servers
 from kvferry.doctor.tiers import check_redis
 from kvferry.doctor.transports import check_transports
-from kvferry.doctor.vllm import check_cores, check_vllm, host_bytes, weight_bytes
+from kvferry.doctor.vllm import check_adapters, check_cores, check_vllm, host_bytes, weight_bytes
 from kvferry.machine import is_local, size_text
 from kvferry.rollout.check import check_rollout
 from kvferry.vllm_here import installed_vllm
@@ -205,6 +205,7 @@ PREFLIGHT: tuple[Check, ...] = (
     check_ports,
     check_model,
     check_vllm,
+    check_adapters,
     check_segment_pages,
     check_memory,
     check_security,

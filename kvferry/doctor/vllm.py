@@ -5,6 +5,7 @@ from pathlib import Path
 
 from kvcore.config.schema import ModelConfig, VllmEngineConfig
 from kvcore.config.vllm_options import argument
+from kvcore.errors import ModelLoadError
 from kvferry.doctor.findings import Context, Finding
 from kvferry.vllm_here import OLDEST, TOO_NEW, VllmBuild, cores, cuda_devices, installed_vllm, parse_cores, parse_size
 
@@ -33,6 +34,22 @@ def check_vllm(context: Context) -> list[Finding]:
     if not devices:
         return [Finding("vllm", False, f"vLLM {build.version} needs a GPU, and this machine has none", _INSTALL)]
     return [Finding("vllm", True, f"{build.version}, GPUs: {', '.join(devices)}")]
+
+
+def check_adapters(context: Context) -> list[Finding]:
+    """Each of `model.adapters` is here, in PEFT's format. Reads its files, as the engine's start would."""
+    adapters = context.config.model.adapters
+    if not adapters or not context.local_vllm:
+        return []
+    from engines.vllm.adapters import read_adapters
+
+    try:
+        found = read_adapters({name: path for name, path in adapters.items() if Path(path).is_absolute()})
+    except ModelLoadError as error:
+        return [Finding("adapters", False, error.message, "model.adapters.NAME is where it is looked for")]
+    shown = [f"{one.served.name} (rank {one.rank})" for one in found]
+    hub = [f"{name} (looked up on the hub at start)" for name in adapters if not Path(adapters[name]).is_absolute()]
+    return [Finding("adapters", True, ", ".join(shown + hub))]
 
 
 def _check_kv_size(context: Context) -> list[Finding]:

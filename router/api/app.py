@@ -225,19 +225,22 @@ def _add_models(app: FastAPI, answerer: Answerer) -> None:
     created = int(time.time())
 
     def served(name: str) -> dict[str, object]:
+        adapter = None if name in answerer.names else answerer.adapters.paths().get(name)
         return {
             "id": name,
             "object": "model",
             "created": created,
             "owned_by": "kvferry",
-            "root": answerer.model,
-            "parent": None,
+            "root": answerer.model if adapter is None else adapter,
+            "parent": None if adapter is None else answerer.model,
             "max_model_len": answerer.max_context,
         }
 
-    @app.get("/v1/models", **openapi.plain("The names of the model that is served"))
+    @app.get("/v1/models", **openapi.plain("The names of the model that is served, and of its adapters"))
     async def models() -> Response:
-        return JsonReply({"object": "list", "data": [served(name) for name in answerer.names]})
+        return JsonReply(
+            {"object": "list", "data": [served(name) for name in (*answerer.names, *answerer.adapters.paths())]}
+        )
 
     @app.get("/v1/models/{name:path}", **openapi.plain("One model", not_found=True))
     async def model(name: str) -> Response:

@@ -94,10 +94,12 @@ class AnswerStart:
             bad_words=await answerer.bad_words(bad_words_of(body, self._limits), self._limits.max_bad_words),
             prompt_text=await answerer.prompt_text(given[0]) if shows_prompt else None,
         )
-        with caller.owns(with_first_token(wanted, scope)) as owned:
+        wanted = answerer.adapted(with_first_token(wanted, scope), body.model)
+        with caller.owns(wanted) as owned:
             answer = await answerer.admit(owned)
         try:
-            return answer, asked.formatter(answer, answerer.model, int(time.time()), answerer.tokenizer)
+            name = answerer.told_name(body.model)
+            return answer, asked.formatter(answer, name, int(time.time()), answerer.tokenizer)
         except BaseException:
             answer.close()
             raise

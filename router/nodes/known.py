@@ -153,6 +153,7 @@ class KnownNode:
             kv_spec=report.engine.kv_spec,
             doubtful=doubtful,
             lacks=self.lacks,
+            adapters=known.adapters if known is not None else frozenset(report.engine.adapters),
             prefills=self.prefills,
             told=self.told,
             computing_since=self.computing_since,

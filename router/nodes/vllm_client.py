@@ -11,11 +11,13 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from kvcore.chunk_keys import adapter_identity, split_adapter
 from kvcore.config.schema import ClusterConfig, NodeConfig
 from kvcore.errors import DeadlineExceededError, FormCutError, NodeUnavailableError
 from kvcore.ports import base_url
 from kvcore.telemetry import log_fields
 from kvcore.types import NodeInfo, Role
+from nodeapi.adapters import ServedAdapter
 from nodeapi.http_calls import MAX_REPLY_BYTES, HttpCalls, deadline
 from nodeapi.messages import (
     PROTOCOL,
@@ -43,6 +45,9 @@ _log = logging.getLogger("router")
 class _Model(msgspec.Struct):
     id: str
     max_model_len: int | None = None
+    root: str = ""
+    parent: str | None = None
+    """Of an adapter the model that it is for."""
 
 
 class _Models(msgspec.Struct):
@@ -70,8 +75,11 @@ class VllmClient:
         self._model = config.model.name
         self._facts = facts
         self._nodes = {node_url(node): (name, node) for name, node in config.nodes.items()}
-        self._known: dict[str, tuple[int, dict[str, str]]] = {}
-        """Context and `kv_peer` of each server, for as long as it answers its probes: they change with a restart."""
+        self._known: dict[str, tuple[int, list[ServedAdapter], dict[str, str]]] = {}
+        """Context, adapters and `kv_peer` of each server, for as long as it answers its probes: a restart changes them.
+        """
+        self._adapters: dict[str, str] = {}
+        """By their identities, the names of all that were ever seen."""
         self._without_params: set[str] = set()
         """Prefillers that were reported for it."""
         authorization = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -85,7 +93,7 @@ class VllmClient:
 
     async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
         """See NodeClient."""
-        body = prefill_body(self._model, self._kind, request)
+        body = prefill_body(self._name(request.cache_salt), self._kind, request)
         where, headers = f"{url}/v1/completions", {"X-Request-Id": request.request_id}
         result = prefill_result(
             await self._calls.fetch("POST", where, body, timeout_s, headers), request.request_id, url
@@ -105,7 +113,7 @@ class VllmClient:
                 f"{url} cannot go on with an answer of a given form that another server began: it would begin the form "
                 "anew. Ask again"
             )
-        body = decode_body(self._model, request)
+        body = decode_body(self._name(request.cache_salt), request)
         where, headers = f"{url}/v1/completions", {"X-Request-Id": request.request_id}
         sequences = num_sequences(request.sampling)
         copies = range(request.sampling.n if sequences == 1 else 1)
@@ -140,7 +148,8 @@ class VllmClient:
         top, prompt = request.sampling.prompt_logprobs, request.prompt_token_ids
         if top is None:
             return iter(())
-        body, headers = scores_body(self._model, request), {"X-Request-Id": f"{request.request_id}.scores"}
+        body = scores_body(self._name(request.cache_salt), request)
+        headers = {"X-Request-Id": f"{request.request_id}.scores"}
         most = MAX_REPLY_BYTES + _SCORE_BYTES * len(prompt) * (1 + top)
         raw = await self._calls.fetch("POST", f"{url}/v1/completions", body, timeout_s, headers, most=most)
         return prompt_scores(raw, prompt, top, url)
@@ -157,8 +166,8 @@ class VllmClient:
         known = self._known.pop(url, None)
         async with deadline(url, timeout_s):
             await self._calls.fetch("GET", f"{url}/health", b"", timeout_s)
-            max_context, peer = known or await self._ask(url, node, timeout_s)
-        self._known[url] = max_context, peer
+            max_context, adapters, peer = known or await self._ask(url, node, timeout_s)
+        self._known[url] = max_context, adapters, peer
         spec = self._facts.kv_spec
         return NodeReport(
             protocol=PROTOCOL,  # what it is asked, this program translates
@@ -171,6 +180,7 @@ class VllmClient:
                 eos_token_ids=list(self._facts.eos_token_ids),
                 block_size=spec.chunk_tokens,
                 num_blocks=0,
+                adapters=adapters,
                 kv_peer=peer,
             ),
         )
@@ -179,12 +189,20 @@ class VllmClient:
         """See NodeClient."""
         await self._calls.aclose()
 
-    async def _ask(self, url: str, node: NodeConfig, timeout_s: float) -> tuple[int, dict[str, str]]:
+    async def _ask(
+        self, url: str, node: NodeConfig, timeout_s: float
+    ) -> tuple[int, list[ServedAdapter], dict[str, str]]:
         meets = self._kind.traits.bootstrap_server and node.role is Role.PREFILLER
-        max_context = await self._max_context(url, timeout_s)
-        return max_context, await self._mooncake_peer(url, node, timeout_s) if meets else {}
+        max_context, adapters = await self._models(url, timeout_s)
+        self._adapters |= {one.identity: one.name for one in adapters}
+        return max_context, adapters, await self._mooncake_peer(url, node, timeout_s) if meets else {}
 
-    async def _max_context(self, url: str, timeout_s: float) -> int:
+    def _name(self, salt: bytes) -> str:
+        """What the server calls the model, or the adapter that a salt names."""
+        adapter, _ = split_adapter(salt)
+        return self._adapters[adapter] if adapter else self._model
+
+    async def _models(self, url: str, timeout_s: float) -> tuple[int, list[ServedAdapter]]:
         raw = await self._calls.fetch("GET", f"{url}/v1/models", b"", timeout_s)
         try:
             models = msgspec.json.decode(raw, type=_Models).data
@@ -198,7 +216,12 @@ class VllmClient:
             )
         if model.max_model_len is None:
             raise NodeUnavailableError(f"{url}/v1/models gives no max_model_len: is it vLLM?")
-        return model.max_model_len
+        # of their files nothing is known but where they lie, and no KV of theirs outlives the server
+        return model.max_model_len, [
+            ServedAdapter(name=one.id, identity=adapter_identity(one.id, one.root.encode()), path=one.root)
+            for one in models
+            if one.parent is not None
+        ]
 
     async def _mooncake_peer(self, url: str, node: NodeConfig, timeout_s: float) -> dict[str, str]:
         """From the prefiller's bootstrap server, which its workers have registered with (mooncake_utils.py)."""

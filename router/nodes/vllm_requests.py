@@ -9,6 +9,7 @@ from hashlib import sha256
 
 import msgspec
 
+from kvcore.chunk_keys import split_adapter
 from kvcore.handoff import HandoffKind
 from nodeapi.grammars.vllm_words import structured_outputs
 from nodeapi.messages import GenerateRequest, PrefillRequest
@@ -143,7 +144,8 @@ def _sampling(sampling: SamplingParams, done: int) -> dict[str, object]:
 
 
 def _salt(salt: bytes) -> dict[str, object]:
-    """vLLM takes no long salts, and none that could be a path; ours may be any text."""
+    """vLLM takes no long salts, and none that could be a path; ours may be any text. It keeps adapters apart itself."""
+    _, salt = split_adapter(salt)
     text = salt.decode()
     plain = len(text) <= _MAX_SALT_CHARS and _NOT_IN_SALTS.isdisjoint(text)
     return {"cache_salt": text if plain else sha256(salt).hexdigest()} if salt else {}

@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
+from kvcore.chunk_keys import split_adapter
 from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError, StoppingError
 from router.nodes.cluster import Cluster
 from router.requests.run import RequestRun
@@ -206,6 +207,7 @@ class Dispatcher:
             prompt_token_ids=prompt,
             session=spec.session,
             asks=spec.sampling.asks,
+            adapter=split_adapter(spec.cache_salt)[0],
             whole_prompt=whole_prompt,
             now=self._services.clock.now(),
         )

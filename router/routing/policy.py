@@ -19,7 +19,7 @@ from kvcore.types import Role, Route
 from router.routing.costs import WayChoice, choose_way, other_ways, ways
 from router.routing.decision import Cut, Decision, Ranking
 from router.routing.promotion import expected, with_rates
-from router.routing.views import ClusterView, NodeView, RouteRequest, keep_kinds
+from router.routing.views import ClusterView, NodeView, RouteRequest, keep_kinds, serves
 
 IN_NEED = "in_need"
 """`Route.reason` where a prefiller decodes, as no decoder can."""
@@ -165,6 +165,11 @@ def _decoders_that_obey(request: RouteRequest, nodes: Sequence[NodeView], _: Nod
     return keep_kinds(nodes, lambda node: asks.isdisjoint(node.lacks)) if asks else nodes
 
 
+def _serve_the_adapter(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
+    adapter = request.adapter
+    return keep_kinds(nodes, lambda node: serves(node, adapter)) if adapter else nodes
+
+
 def _prefillers_that_fit(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
     return keep_kinds(nodes, lambda node: node.max_context >= request.prompt_tokens)
 
@@ -215,13 +220,16 @@ def _without_doubt(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView
 _NOT_DOUBTFUL = Filter("slow or silent a moment ago", _without_doubt)
 """A preference, as those of a policy: one that would leave nobody is passed over."""
 _OTHER_KV = Filter("its KV is not what the decoder reads", _of_the_decoders_kv, _what_differs)
+_NO_ADAPTER = Filter("does not serve the adapter, or has other files of it", _serve_the_adapter)
 DECODER_FILTERS = (
+    _NO_ADAPTER,
     Filter("cannot do what the request asks", _decoders_that_obey),
     Filter("too short a context", _decoders_that_fit),
     Filter("tried before, or another one was wanted", _decoders_wanted),
     Filter("other weights or settings than the answer began with", _of_the_answers_model),
 )
 PREFILLER_FILTERS = (
+    _NO_ADAPTER,
     _OTHER_KV,
     Filter("too short a context", _prefillers_that_fit),
     Filter("tried before", _not_excluded),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from kvcore.types import KVSpec, Role
+from nodeapi.adapters import ServedAdapter
 from nodeapi.messages import TierReport
 from router.routing.index import PrefixHits
 from router.routing.limits import RateLimits
@@ -73,6 +74,8 @@ class NodeView:
     """It was slow or silent of late: whoever is not is preferred."""
     lacks: frozenset[str] = frozenset()
     """Fields of SamplingParams that it cannot be sent."""
+    adapters: frozenset[ServedAdapter] = frozenset()
+    """That it serves."""
     prefills: int = 0
     """Prompts that `prefill_tokens` are of."""
     computing_since: float = 0.0
@@ -126,11 +129,12 @@ class NodeKind(NamedTuple):
     max_context: int
     doubtful: bool
     lacks: frozenset[str] = frozenset()
+    adapters: frozenset[ServedAdapter] = frozenset()
 
     @classmethod
     def of(cls, node: NodeView) -> "NodeKind":
         """This one's."""
-        return cls(node.fingerprint, node.max_context, node.doubtful, node.lacks)
+        return cls(node.fingerprint, node.max_context, node.doubtful, node.lacks, node.adapters)
 
 
 class NodeViews(tuple[NodeView, ...]):
@@ -144,6 +148,11 @@ class NodeViews(tuple[NodeView, ...]):
         made = cls(nodes)
         made.kinds = kinds
         return made
+
+
+def serves(node: NodeView | NodeKind, adapter: str) -> bool:
+    """Whether it serves the adapter of this identity; empty: the model alone."""
+    return not adapter or any(one.identity == adapter for one in node.adapters)
 
 
 def keep_kinds(nodes: Sequence[NodeView], wanted: Callable[[NodeView | NodeKind], bool]) -> Sequence[NodeView]:
@@ -191,6 +200,8 @@ class RouteRequest:
     session: str = ""
     now: float = 0.0
     asks: frozenset[str] = frozenset()
+    adapter: str = ""
+    """The identity of the one that its nodes must serve; empty: the model alone."""
     whole_prompt: bool = False
     """Its decoder computes all of it, whatever is cached: logprobs of its tokens are wanted, which KV does not have."""
     compute_rate: float = 0.0

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from starlette.types import Scope
 
+from kvcore.chunk_keys import adapted_salt, split_adapter
 from kvcore.process.audit import caller
 from kvcore.tenants.salts import TenantSalt
-from router.requests.spec import AnswerRequest
+from router.requests.spec import AnswerRequest, RequestSpec
 
 _SCOPE = "kvferry.caller"
 
@@ -55,7 +56,7 @@ class Caller:
         """As `owns`, and counts nothing."""
         if self.salt is None:
             return request
-        salts = [self.salt.of(one.cache_salt, self.public_chunks(one.prompt_token_ids)) for one in request.specs]
+        salts = [self._salt(self.salt, one) for one in request.specs]
         who, share = self.tenant, self.max_share
         specs = [
             replace(one, cache_salt=salt, tenant=who, max_share=share, flow=who)
@@ -63,6 +64,10 @@ class Caller:
         ]
         turn = replace(request.turn, flow=who, rank=self.rank, tenant_s=self.first_token_s)
         return replace(request, specs=specs, turn=turn)
+
+    def _salt(self, own: TenantSalt, spec: RequestSpec) -> bytes:
+        adapter, salt = split_adapter(spec.cache_salt)
+        return adapted_salt(adapter, own.of(salt, self.public_chunks(spec.prompt_token_ids)))
 
     def apart(self, cache_salt: str | None) -> str:
         """A short name of its own for each caller and salt whose prompts must not be told by how long others take. The

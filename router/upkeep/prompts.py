@@ -42,7 +42,7 @@ async def prompts_in(
     for spec in request.specs:
         if not spec.prompt_token_ids:
             raise InvalidRequestError(f"{request.names.prompt} has no tokens", param=request.names.prompt)
-    return list(caller.salted(request).specs)
+    return list(caller.salted(answerer.adapted(request, body.model)).specs)
 
 
 def _kind(raw: bytes) -> type[ChatRequest] | type[CompletionRequest]:

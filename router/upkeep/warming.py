@@ -7,6 +7,7 @@ it; what was stored stays, however the warm-up ends.
 import asyncio
 from collections.abc import Sequence
 
+from kvcore.chunk_keys import split_adapter
 from kvcore.clock import Clock
 from kvcore.config.schema import RouterConfig
 from kvcore.errors import DeadlineExceededError, KVFerryError, NodeUnavailableError
@@ -15,6 +16,7 @@ from nodeapi.messages import PrefillRequest, PrefillResult
 from nodeapi.protocol import NodeClient
 from router.nodes.cluster import Cluster, KnownNode
 from router.requests.spec import RequestSpec
+from router.routing.views import serves
 from router.upkeep.limits import UpkeepLimits
 from router.upkeep.reports import PromptWarmed, WarmReply
 
@@ -35,7 +37,7 @@ class PromptWarmer:
 
     async def _warm(self, spec: RequestSpec) -> PromptWarmed:
         end = self._clock.now() + self._config.request_timeout_s
-        node = await self._idle_prefiller(end)
+        node = await self._idle_prefiller(end, split_adapter(spec.cache_salt)[0])
         self._warming.add(node.id)
         try:
             began = self._clock.now()
@@ -53,14 +55,19 @@ class PromptWarmer:
         finally:
             self._warming.discard(node.id)
 
-    async def _idle_prefiller(self, end: float) -> KnownNode:
+    async def _idle_prefiller(self, end: float, adapter: str) -> KnownNode:
         while True:
             view = self._cluster.view()
             if not view.prefillers:
                 away = "; ".join(f"{one.node}: {one.reason}" for one in view.unusable if one.role is Role.PREFILLER)
                 why = f"none is usable ({away})" if away else "this cluster has none"
                 raise NodeUnavailableError(f"warming needs a prefiller, and {why}")
-            idle = [one for one in view.prefillers if not one.prefill_tokens and one.id not in self._warming]
+            serve = [one for one in view.prefillers if serves(one, adapter)]
+            if not serve:
+                raise NodeUnavailableError(
+                    "warming needs a prefiller that serves the adapter, and none that is up does"
+                )
+            idle = [one for one in serve if not one.prefill_tokens and one.id not in self._warming]
             if idle:
                 return self._cluster.nodes[min(idle, key=lambda one: one.sequences).id]
             if self._clock.now() >= end:

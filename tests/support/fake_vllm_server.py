@@ -75,6 +75,8 @@ class FakeVllm:
     role: Role
     world: World
     model: str = MODEL
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Started with --lora-modules: their paths by name."""
     details: bool = True
     """Started with --enable-prompt-tokens-details."""
     connector: bool = True
@@ -140,7 +142,11 @@ class FakeVllm:
     async def _models(self, request: web.Request) -> web.Response:
         self._cut_if_dead(request)
         card = {"id": self.model, "object": "model", "root": "/models/x", "max_model_len": MAX_MODEL_LEN}
-        return web.json_response({"object": "list", "data": [card]})
+        loras = [
+            {"id": name, "object": "model", "root": path, "parent": self.model, "max_model_len": None}
+            for name, path in self.adapters.items()
+        ]
+        return web.json_response({"object": "list", "data": [card, *loras]})
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         self._cut_if_dead(request)
@@ -184,7 +190,7 @@ class FakeVllm:
 
     def _check(self, request: web.Request, body: Body) -> None:
         _must(set(body) <= FIELDS, f"unknown fields {set(body) - FIELDS}")
-        _must(body["model"] == self.model, "another model")
+        _must(body["model"] in (self.model, *self.adapters), "another model")
         prompt = body["prompt"]
         _must(isinstance(prompt, list) and all(isinstance(token, int) for token in prompt), "the prompt is no tokens")
         _must(bool(request.headers.get("X-Request-Id")), "no X-Request-Id")

@@ -4,7 +4,7 @@ The fake model is greedy and depends on all tokens before: `next_token`. A test 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from kvnode.upkeep import NodeUpkeep
 from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
+from nodeapi.adapters import ServedAdapter
 from nodeapi.grammars.compiler import Grammars
 from nodeapi.messages import (
     PROTOCOL,
@@ -152,6 +153,7 @@ class FakeNode:
     """Further fields of its KVSpec."""
     protocol: int = PROTOCOL
     lacks: list[str] = field(default_factory=list)
+    adapters: list[ServedAdapter] = field(default_factory=list)
     max_context: int = MAX_CONTEXT
     segment_bytes: int = 1 << 20
     refused: str = ""
@@ -219,6 +221,7 @@ class FakeNode:
                 block_size=16,
                 num_blocks=64,
                 lacks=self.lacks,
+                adapters=self.adapters,
             ),
             stats=EngineStats(running=self.running, total_blocks=64),
             segments=[
@@ -448,6 +451,7 @@ async def make_rig(
     wait_s: float | None = None,
     parser: str = "none",
     aliases: Sequence[str] = (),
+    adapters: Mapping[str, str] = {},
     sampling: SamplingDefaults = SamplingDefaults(),
     guard: Callable[[RequestLog, ASGIApp], ASGIApp] = lambda _, app: app,
     kept: KeptResponses | None = None,
@@ -482,6 +486,7 @@ async def make_rig(
     log.prompt_observers.append(admission.ended)
     answerer = Answerer(
         aliases=aliases,
+        adapters=adapters,
         model="fake-model",
         tokenizer=tokenizer or ByteTokenizer(VOCAB),
         dispatcher=dispatcher,

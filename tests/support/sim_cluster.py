@@ -177,6 +177,7 @@ class SimCluster:
             node_ttl_s=plan.node_ttl_s,
             data=DataFaults(0, 0, 0, 0, 0) if variant.peaceful else variant.data,
             sizes=plan.sizes,
+            adapters=plan.adapters,
             integrity=variant.integrity,
             revisions=variant.revisions,
             tiers=SimTiers(plan.tiers, self.clock, seed) if plan.tiers is not None else None,

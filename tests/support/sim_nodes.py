@@ -64,6 +64,7 @@ from metadata_server.messages import SegmentManifest
 from metadata_server.partitions.subscription import PartitionedSubscription
 from metadata_server.subscription import IndexSink, IndexSubscription
 from metadata_server.versions import SPOKEN
+from nodeapi.adapters import ServedAdapter
 from nodeapi.messages import (
     PROTOCOL,
     GenerateRequest,
@@ -109,6 +110,8 @@ class SimSetup:
     data: DataFaults
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the segments of nodes that have other than `segment_bytes`."""
+    adapters: Mapping[str, Sequence[ServedAdapter]] = field(default_factory=dict)
+    """That each node serves."""
     integrity: Integrity = Integrity()
     revisions: tuple[str, ...] = ()
     """Of the weights: nodes that start again have one of these. Empty: all have what `engine` says."""
@@ -459,7 +462,7 @@ class SimNode(NodeService):
     async def _engine_life(self, process: SimProcess) -> None:
         await self._opened.wait()
         setup, store = self._setup, self.store(process)
-        runner = _HangingRunner(self._config, setup.chunk_tokens, self.steps)
+        runner = _HangingRunner(self._config, setup.chunk_tokens, self.steps, setup.adapters.get(self.name, ()))
         engine = EngineLoop(runner, store, EngineOptions.of(self._config, STORE_S), setup.clock)
         try:
             async with engine:
@@ -526,8 +529,10 @@ def _dead(name: str) -> SimProcess:
 
 
 class _HangingRunner(SimRunner):
-    def __init__(self, config: SimEngineConfig, chunk_tokens: int, steps: asyncio.Event) -> None:
-        super().__init__(config, MODEL, chunk_tokens)
+    def __init__(
+        self, config: SimEngineConfig, chunk_tokens: int, steps: asyncio.Event, adapters: Sequence[ServedAdapter]
+    ) -> None:
+        super().__init__(config, MODEL, chunk_tokens, adapters=adapters)
         self._steps = steps
 
     async def execute(self, slices: Sequence[StepSlice]) -> StepOutput:

@@ -10,7 +10,7 @@ from support.sim_plan import Plan, Wanted
 from engines.sim.arithmetic import Arithmetic
 from engines.sim.reference import expected_tokens
 from engines.sim.runner import sim_spec
-from kvcore.chunk_keys import chunk_keys, root_key
+from kvcore.chunk_keys import chunk_keys, root_key, split_adapter
 from kvcore.config.schema import SimEngineConfig
 from nodeapi.messages import GenerateRequest
 
@@ -32,7 +32,8 @@ class Oracle:
         """Tokens of each completion, where nothing fails."""
         name = wanted.id, engine.weights_version
         if name not in self._expected:
-            self._expected[name] = expected_tokens(engine, wanted.prompt, wanted.sampling)
+            adapter, _ = split_adapter(wanted.salt)
+            self._expected[name] = expected_tokens(engine, wanted.prompt, wanted.sampling, adapter=adapter)
         return self._expected[name]
 
     def wrong(self, wanted: Wanted, outputs: list[list[int]], *, whole: bool) -> list[str]:
@@ -55,7 +56,7 @@ class Oracle:
         for name, leg in self._legs.items():
             done = leg.output_token_ids
             if name.startswith(f"{wanted.id}.d") and leg.sampling.n < wanted.sampling.n and done == tokens[: len(done)]:
-                (other,) = expected_tokens(engine, wanted.prompt, leg.sampling, output=done)
+                (other,) = _continued(engine, leg)
                 if done == expected[: len(done)] and tokens == (other if whole else other[: len(tokens)]):
                     self.reseeded += 1
                     return True
@@ -70,9 +71,10 @@ class Oracle:
 
     def _add_chunks(self, known: dict[bytes, bytes], engine: SimEngineConfig, requests: Sequence[Wanted]) -> None:
         size = self._chunk_tokens
-        arithmetic = Arithmetic(engine.weights_version, engine.bytes_per_token, engine.vocab_size)
         fingerprint = sim_spec(engine, MODEL, size).fingerprint
         for salt, tokens in self._token_lists(engine, requests):
+            adapter, _ = split_adapter(salt)
+            arithmetic = Arithmetic(engine.weights_version, engine.bytes_per_token, engine.vocab_size, adapter)
             record, records = b"", []
             for at, token in enumerate(tokens):
                 record = arithmetic.record(record, token, at)
@@ -86,5 +88,11 @@ class Oracle:
                 yield wanted.salt, [*wanted.prompt, *tokens]
         for leg in self._legs.values():
             if leg.sampling.n == 1:  # a completion that went on alone may have had a seed of its own
-                (tokens,) = expected_tokens(engine, leg.prompt_token_ids, leg.sampling, output=leg.output_token_ids)
+                (tokens,) = _continued(engine, leg)
                 yield leg.cache_salt, [*leg.prompt_token_ids, *tokens]
+
+
+def _continued(engine: SimEngineConfig, leg: GenerateRequest) -> list[list[int]]:
+    """What a leg answers, what came before it included."""
+    adapter, _ = split_adapter(leg.cache_salt)
+    return expected_tokens(engine, leg.prompt_token_ids, leg.sampling, output=leg.output_token_ids, adapter=adapter)

@@ -1,13 +1,14 @@
 """What a seed stands for: sizes, requests, and a plan of faults. Pure."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from support.sim_tiers import TierPlan
 
 from kvcore.config.schema import SimEngineConfig, StoreConfig
 from kvcore.eviction.evictor import POLICY_NAMES
+from nodeapi.adapters import ServedAdapter
 from nodeapi.sampling import SamplingParams
 
 CHUNK, BLOCK = 32, 8
@@ -56,6 +57,8 @@ class Plan:
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the segments of nodes that have other than `segment_bytes`."""
     tiers: TierPlan | None = None
+    adapters: Mapping[str, Sequence[ServedAdapter]] = field(default_factory=dict)
+    """That each node serves. A request names one in its salt."""
 
 
 def make_plan(seed: int) -> Plan:

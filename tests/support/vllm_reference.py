@@ -145,10 +145,13 @@ class SingleVllm:
             env=os.environ | _ENV,
         )
 
-    def answers(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Reference]:
-        """One a prompt, computed one after the other."""
+    def answers(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, adapter: Path | None = None
+    ) -> list[Reference]:
+        """One a prompt, computed one after the other. `adapter`: the folder of a LoRA to compute them with."""
         assert self._process.stdin is not None and self._process.stdout is not None
         asked = {"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens}
+        asked |= {"adapter": str(adapter)} if adapter is not None else {}
         limit = threading.Timer(_ANSWER_S, self._process.kill)
         limit.start()
         try:
@@ -174,7 +177,9 @@ class SingleVllm:
 def main() -> None:
     """The process."""
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
+    adapters: dict[str, LoRARequest] = {}
     llm = LLM(
         dtype="float32",
         enforce_eager=True,
@@ -184,9 +189,11 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         sampling = SamplingParams(temperature=0, max_tokens=asked["max_tokens"], ignore_eos=True, logprobs=5)
-        answers = []
+        answers, path = [], asked.get("adapter")
+        adapter = path and adapters.setdefault(path, LoRARequest(path, len(adapters) + 1, path))
         for prompt in asked["prompts"]:
-            (request,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+            given = [{"prompt_token_ids": prompt}]
+            (request,) = llm.generate(given, sampling, use_tqdm=False, lora_request=adapter)
             output = request.outputs[0]
             best = [max(entry.logprob for entry in position.values()) for position in output.logprobs]
             gaps = [

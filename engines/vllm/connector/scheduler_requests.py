@@ -68,7 +68,8 @@ class RequestView:
     params: LegParams | None
     salt: bytes
     cacheable: bool
-    """False: its KV depends on more than its tokens (LoRA, images, prompt embeddings, ...). Never loaded nor saved."""
+    """False: its KV depends on more than its tokens and its salt (images, prompt embeddings, an adapter that the salt
+    does not name, ...). Never loaded nor saved."""
     wants_logits: bool = False
     """Of its whole prompt: nothing of it is loaded, as KV has none."""
 

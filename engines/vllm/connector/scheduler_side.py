@@ -16,7 +16,7 @@ from engines.vllm.connector.orders import PARAMS_NAME, LegParams, StepOrders
 from engines.vllm.connector.scheduler_half import SchedulerHalf
 from engines.vllm.connector.scheduler_requests import RequestView, ScheduledRequest
 from engines.vllm.connector.settings import ConnectorSettings
-from kvcore.chunk_keys import KeyChain
+from kvcore.chunk_keys import KeyChain, split_adapter
 from kvcore.clock import SystemClock
 from kvcore.types import KVSpec
 
@@ -50,8 +50,11 @@ class SchedulerSide:
     def arrived(self, request: Any) -> None:
         """A vllm.v1.request.Request came in."""
         params = _leg_params(request)
-        plain = request.lora_request is None and not request.mm_features and request.prompt_embeds is None
         salt = bytes.fromhex(params.salt) if params is not None else (request.cache_salt or "").encode()
+        # An adapter's KV is kept apart by the salt, which our engine makes; others' requests say nothing of its files.
+        adapted, named = request.lora_request is not None, bool(split_adapter(salt)[0])
+        plain = adapted == named and (params is not None or not adapted)
+        plain = plain and not request.mm_features and request.prompt_embeds is None
         self.half.arrived(
             RequestView(
                 request_id=request.request_id,

@@ -6,6 +6,7 @@ The names of the fields that are obeyed are in the modules beside this one. A fi
 
 from collections.abc import Sequence
 
+from kvcore.chunk_keys import ADAPTER_SALT
 from nodeapi.grammars.grammar import Grammar
 from router.api.fields.cache_hints import hints_of, session_of
 from router.api.fields.chat_fields import ChatRequest, chat_prompt
@@ -229,4 +230,6 @@ def _cache_salt(request: AnyRequest, limits: ApiLimits) -> bytes:
     if salt is None:
         return b""
     require(0 < len(salt) <= limits.max_salt_chars, "cache_salt", f"has 1 to {limits.max_salt_chars} characters")
+    begins = ADAPTER_SALT.decode()
+    require(not salt.startswith(begins), "cache_salt", f"must not begin with {begins!r}: so do adapters' own salts")
     return salt.encode()

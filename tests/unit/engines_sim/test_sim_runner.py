@@ -10,7 +10,9 @@ from support.sim_loop import SimDeadlockError, SimTimeLimitError, run_sim
 
 from engines.paged.runner import SampleSpec, StepSlice
 from engines.sim.arithmetic import Arithmetic
+from engines.sim.reference import expected_tokens
 from engines.sim.runner import SimRunner
+from nodeapi.adapters import ServedAdapter
 from nodeapi.sampling import SamplingParams
 
 PROMPT = prompt_of(21)
@@ -73,3 +75,25 @@ def test_only_tokens_that_may_be_drawn_are(temperature: float) -> None:
         mask = np.zeros(512, dtype=bool)
         mask[[8, 40]] = True
         assert arithmetic.draw(digest, allowed, 0, [], mask) == 8
+
+
+def test_an_adapter_is_another_model_and_its_kv_turns_as_the_models_does():
+    alone, one, two = (Arithmetic("v1", 32, 1 << 30, adapter) for adapter in ("", "one", "two"))
+    records = [each.record(b"", 7, 3) for each in (alone, one, two)]
+    assert len(set(records)) == 3
+    assert alone.turned(records[1], 3, 9) == one.record(b"", 7, 9)
+
+
+async def first_token(adapter: str) -> int:
+    served = [ServedAdapter(name=name, identity=name) for name in ("one", "two")]
+    runner = SimRunner(CONFIG_WIDE, "m", CHUNK, adapters=served)
+    item = StepSlice(PROMPT, 0, [5, 2, 9], SPEC, adapter=adapter)
+    return (await runner.execute([item])).samples[0][0].token_id
+
+
+def test_tokens_are_the_adapters_and_those_that_the_reference_expects():
+    tokens = [run_sim(lambda adapter=adapter: first_token(adapter)) for adapter in ("", "one", "two")]
+    expected = [
+        expected_tokens(CONFIG_WIDE, PROMPT, SPEC.params, adapter=adapter)[0][0] for adapter in ("", "one", "two")
+    ]
+    assert tokens == expected and len(set(tokens)) == 3

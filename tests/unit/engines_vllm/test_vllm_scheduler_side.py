@@ -9,6 +9,7 @@ from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.orders import PARAMS_NAME, LegParams
 from engines.vllm.connector.scheduler_side import SchedulerSide
 from engines.vllm.connector.settings import ConnectorSettings, Provenance
+from kvcore.chunk_keys import adapted_salt, adapter_identity
 from kvcore.config.schema import StoreConfig, TransportConfig
 from kvstore.settings import KVStoreSettings
 from metadata_server.connect import MetadataEndpoints
@@ -119,6 +120,18 @@ def test_a_requests_parameters_are_ours_or_nobodys(side, params, understood):
 def test_kv_that_depends_on_more_than_tokens_is_not_cached(side, field):
     side.arrived(request(**field))
     assert not side.half._requests["r"].view.cacheable
+
+
+def test_an_adapters_kv_is_cached_under_the_salt_that_names_it_alone(side):
+    """The engine makes the salt. Where it names none, or nobody says what it is of, nothing is loaded and saved."""
+    salt = adapted_salt(adapter_identity("a", b"files"), b"tenant")
+    named, bare = ({PARAMS_NAME: {"leg": "r", "salt": one.hex()}} for one in (salt, b"tenant"))
+    cases = [(named, object(), True), (named, None, False), (bare, object(), False), (bare, None, True)]
+    for number, (params, adapter, cacheable) in enumerate(cases):
+        side.arrived(request(f"r{number}", kv_transfer_params=params, lora_request=adapter))
+        assert side.half._requests[f"r{number}"].view.cacheable is cacheable
+    side.arrived(request("theirs", lora_request=object(), cache_salt=salt.decode()))
+    assert not side.half._requests["theirs"].view.cacheable
 
 
 def test_kv_of_a_request_that_reads_no_cache_is_saved(side):

@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.chunk_keys import KeyChain, chunk_keys, next_key, owner_of, prompt_keys, rank_key, root_key, usable_chunks
+from kvcore.chunk_keys import (
+    KeyChain,
+    adapted_salt,
+    adapter_identity,
+    chunk_keys,
+    next_key,
+    owner_of,
+    prompt_keys,
+    rank_key,
+    root_key,
+    split_adapter,
+    usable_chunks,
+)
 
 FINGERPRINT = bytes(range(16))
 TOKENS = [0, 1, 2, 3, 255, 256, 65_535, 49_151, 4_294_967_295, 7, 7, 7, 42]
@@ -167,3 +179,50 @@ def test_what_only_looks_like_a_public_salt_is_a_salt(end):
     chain = KeyChain.of(FINGERPRINT, SALTS[0] + end)
     assert chain == KeyChain(root_key(FINGERPRINT, SALTS[0] + end))
     assert KeyChain.of(FINGERPRINT, b"").root == root_key(FINGERPRINT)
+
+
+# Of docs/wire-formats.md: they may never change either.
+ADAPTER_HEX = "5149215c6f6ce1e949661590b175a6f2"
+ADAPTED_KEY_HEX = "825cae7b2a98916a715bffa14e28af19"
+
+
+def test_the_published_vector_of_an_adapter():
+    identity = adapter_identity("sql", bytes(32))
+    assert identity == ADAPTER_HEX
+    assert identity == sha256(b"kvferry.adapter.v1" + (3).to_bytes(4, "little") + b"sql" + bytes(32)).hexdigest()[:32]
+    salt = adapted_salt(identity, b"tenant")
+    assert salt == f"kva1.{identity}.tenant".encode()
+    assert prompt_keys(FINGERPRINT, salt, range(1, 5), 4)[0].hex() == ADAPTED_KEY_HEX
+
+
+_IDENTITIES = st.sampled_from(
+    ["", adapter_identity("a", b""), adapter_identity("a", b"other"), adapter_identity("b", b"")]
+)
+_TENANTS = st.sampled_from([b"", b"x", b"kvt1." + b"a" * 32 + b"." + b"b" * 32])
+
+
+@given(st.tuples(_IDENTITIES, _TENANTS, st.integers(0, 2)), st.tuples(_IDENTITIES, _TENANTS, st.integers(0, 2)))
+def test_adapters_and_tenants_share_keys_where_all_is_the_same_or_public_alone(left, right):
+    """An adapter's public chunks are shared by its tenants, and by no other adapter."""
+
+    def salt(adapter, tenant, public):
+        return adapted_salt(adapter, tenant + b".p%d" % public if public and tenant.startswith(b"kvt1.") else tenant)
+
+    def keys(one):
+        return prompt_keys(FINGERPRINT, salt(*one), TOKENS, 4)
+
+    assert split_adapter(salt(*left)) == (left[0], salt("", *left[1:]))
+    assert owner_of(salt(*left)) == owner_of(salt("", *left[1:]))
+    same = [one == other for one, other in zip(keys(left), keys(right), strict=True)]
+    if left[0] != right[0]:
+        assert not any(same)
+    elif salt(*left) == salt(*right):
+        assert all(same)
+    else:
+        assert not same[-1]
+
+
+@given(st.binary(max_size=60))
+def test_a_salt_that_only_looks_like_an_adapters_is_a_salt(salt):
+    found, rest = split_adapter(salt)
+    assert (found, rest) == ("", salt) or adapted_salt(found, rest) == salt

@@ -276,3 +276,32 @@ def test_pages_of_this_machine_alone_may_use_the_router_unless_others_are_named(
     assert load().router.cors == ["loopback"]
     named = ["*", "loopback", "http://app.example:3000", "https://[::1]:80", "vscode-webview://abc"]
     assert load(router={"cors": named}).router.cors == named and load(router={"cors": []}).router.cors == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model.adapters": "{a: x}"},
+            r"model\.adapters: engine: the torch engine serves no adapters; engine\.kind: vllm",
+        ),
+        ({"model.adapters": "{'': x}"}, r"model\.adapters\.: the name of an adapter has 1 to 256 printable"),
+        (
+            {"model.adapters": "{small: x}", "model.aliases": "[small]"},
+            r"adapters\.small: the model itself is called small",
+        ),
+        ({"model.adapters": "{a: 5}"}, r"model\.adapters\.a: 5: expected str"),
+        ({"model.adapters": "{a: ''}"}, r"model\.adapters\.a: ''"),
+        ({"model.adapters": "[a]"}, r"model\.adapters: "),
+    ],
+)
+def test_what_is_wrong_with_adapters_is_named(load, changes, message):
+    torch = {"kind": "torch"}
+    with pytest.raises(ConfigError, match=message):
+        load(*(f"{path}={value}" for path, value in changes.items()), engine=torch)
+
+
+def test_paths_of_adapters_are_relative_to_the_file_and_names_to_the_simulated_engine(load, tmp_path):
+    vllm = load("model.adapters={a: ./loras/a, b: /b, c: org/on-the-hub}", "engine={kind: vllm}").model.adapters
+    assert vllm == {"a": str(tmp_path / "loras/a"), "b": "/b", "c": "org/on-the-hub"}
+    assert load("model.adapters={a: x}", "engine={kind: sim}").model.adapters == {"a": "x"}

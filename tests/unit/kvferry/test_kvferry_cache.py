@@ -14,11 +14,12 @@ from aiohttp.test_utils import TestServer
 from rich.console import Console
 
 from kvcore.errors import ConfigError
+from kvferry.cache.arguments import _commands
 from kvferry.cache.client import CacheCommandError, router_calls
 from kvferry.cache.commands import CacheCommands
 from kvferry.cache.inputs import read_prompts
 from kvferry.cache.tables import age_text
-from kvferry.cli import main
+from kvferry.cli import build_parser, main
 from router.upkeep import reports as r
 
 LIVE, STALE, THEIRS = "aa" * 16, "bb" * 16, "cc" * 16
@@ -315,6 +316,16 @@ def test_clearing_without_a_terminal_asks_nobody_and_a_no_clears_nothing(monkeyp
         cleared.clear()
         assert commands.clear(r.ClearOrder(), yes=False, ask=lambda _, answer=answer: answer) == 1
         assert len(cleared) == 1, "it was shown, and no more"
+
+
+def test_an_adapters_kv_is_asked_for_by_its_name_unless_a_body_names_one(tmp_path, prompt):
+    bodies = tmp_path / "bodies.jsonl"
+    bodies.write_text('{"prompt": "a"}\n{"model": "other", "prompt": "b"}\n')
+    asked = [one.body for one in read_prompts([prompt, str(bodies)], "sql")]
+    assert [body["model"] for body in asked] == ["sql", "sql", "other"]
+    assert not any("model" in one.body for one in read_prompts([prompt]))
+    given = build_parser().parse_args(["cache", "lookup", prompt, "--model", "sql", "--url", "http://x"])
+    assert _commands(given).model == "sql"
 
 
 def test_a_cluster_that_is_down_is_one_line(capsys, prompt):

@@ -2,8 +2,10 @@
 
 import json
 
+import msgspec
 import pytest
 
+from engines.vllm import adapters
 from kvcore.config.fields import ByteSize
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, TorchEngineConfig, VllmEngineConfig
 from kvcore.types import Role
@@ -11,7 +13,7 @@ from kvferry import vllm_here
 from kvferry.doctor import checks as doctor
 from kvferry.doctor import vllm as doctor_vllm
 from kvferry.doctor.findings import Context
-from kvferry.doctor.vllm import check_cores, check_vllm, host_bytes
+from kvferry.doctor.vllm import check_adapters, check_cores, check_vllm, host_bytes
 from kvferry.vllm_here import VllmBuild, core_list, cuda_devices, parse_cores, parse_size, split_cores
 
 CPU, GPU = VllmBuild("0.32.0+cpu", "cpu"), VllmBuild("0.33.0", "gpu")
@@ -186,3 +188,19 @@ def test_the_installed_build_is_told_by_its_version(monkeypatch):
     versions["vllm"] = "0.33.1+cu130"
     found = vllm_here.installed_vllm()
     assert found is not None and found.platform == "gpu" and found.supported
+
+
+def test_adapters_are_found_or_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters, "DIGEST_CACHE", tmp_path / "digests.json")
+    (tmp_path / "sql").mkdir()
+    (tmp_path / "sql" / adapters.CONFIG).write_text(json.dumps({"r": 8}))
+    given = context(engine())
+    paths = {"sql": str(tmp_path / "sql"), "far": "org/far"}
+    config = msgspec.structs.replace(given.config, model=msgspec.structs.replace(given.config.model, adapters=paths))
+    here = Context(config, all_here=True)
+    (finding,) = check_adapters(here)
+    assert not finding.ok and "model.adapters.sql" in finding.detail
+    (tmp_path / "sql" / adapters.WEIGHTS[0]).write_bytes(b"x")
+    (finding,) = check_adapters(here)
+    assert (finding.ok, finding.detail) == (True, "sql (rank 8), far (looked up on the hub at start)")
+    assert check_adapters(given) == []

@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import aiohttp
 import msgspec
@@ -15,12 +15,14 @@ from aiohttp import ClientConnectionResetError, web
 from support.fake_engine import FakeEngine, generate_request, prefill_request
 from support.probe import probe_report
 
-from kvcore.errors import InvalidRequestError, NodeUnavailableError, OverloadedError
+from kvcore.chunk_keys import adapted_salt, adapter_identity
+from kvcore.errors import InvalidRequestError, ModelChangedError, NodeUnavailableError, OverloadedError
 from kvcore.types import NodeInfo, Role
 from kvnode.control_api import MSGPACK, ControlApi
 from kvnode.limits import NodeLimits
 from kvnode.request_check import parse_request
 from kvnode.tiers.node_tiers import NodeTiers
+from nodeapi.adapters import ServedAdapter
 from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.frames import FrameDecoder
 from nodeapi.messages import (
@@ -28,6 +30,7 @@ from nodeapi.messages import (
     GenerateRequest,
     LegInfo,
     NodeReport,
+    PrefillRequest,
     PrefillResult,
     ProbeReport,
     ProbeRequest,
@@ -300,6 +303,24 @@ def test_an_engine_that_takes_no_documents_is_asked_for_none_and_the_reason_is_t
         with pytest.raises(InvalidRequestError, match=reason) as refused:
             parse_request(body, GenerateRequest, info)
         assert refused.value.param == next(iter(fields))
+
+
+@pytest.mark.parametrize("kind", [PrefillRequest, GenerateRequest])
+def test_a_request_for_an_adapter_that_is_not_served_goes_elsewhere(
+    kind: type[PrefillRequest | GenerateRequest],
+) -> None:
+    served, other = (ServedAdapter(name="a", identity=adapter_identity("a", files)) for files in (b"1", b"2"))
+    info = msgspec.structs.replace(FakeEngine().info, adapters=[served])
+
+    def parsed(salt: bytes) -> PrefillRequest | GenerateRequest:
+        fields: dict[str, Any] = {"sampling": SamplingParams(max_tokens=1)} if kind is GenerateRequest else {}
+        request = kind(request_id="r", prompt_token_ids=[1], cache_salt=salt, deadline_s=1.0, **fields)
+        return parse_request(msgspec.msgpack.encode(request), kind, info)
+
+    for salt in (b"", b"tenant", b"kva1.short", adapted_salt(served.identity, b"tenant")):
+        assert parsed(salt).cache_salt == salt
+    with pytest.raises(ModelChangedError, match=rf"{other.identity} is not served by this node .*it has a$"):
+        parsed(adapted_salt(other.identity, b""))
 
 
 async def test_a_comparison_is_the_engines_and_a_leg() -> None:
