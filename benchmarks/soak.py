@@ -107,7 +107,8 @@ class Soak:
         self._over = False
 
     async def run(self, minutes: float) -> None:
-        """All of it, up to the last answer."""
+        """All of it, up to the last answer. May be called again, for more."""
+        self._over = False
         async with asyncio.TaskGroup() as tasks:
             for kind in KINDS:
                 tasks.create_task(self._ask(kind))

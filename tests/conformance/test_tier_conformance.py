@@ -202,7 +202,7 @@ async def test_a_server_that_stands_still_costs_the_deadline_and_no_more(rig):
     await save(rig, chunk)
     rig.freeze()
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             assert await rig.tier.load([room_for(chunk)], timeout_s=0.3) == [AWAY]
             assert await rig.tier.save([chunk_of(name_of(2), 200_000)], timeout_s=0.3) == [AWAY]
             assert await rig.tier.find([chunk.name], timeout_s=0.3) == [False]

@@ -156,7 +156,7 @@ async def test_a_peer_killed_at_a_random_moment_ends_every_batch_with_a_result(k
                 assert not too_late, "landed at a dead peer"
                 await asyncio.sleep(0)
 
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await engine.write([TransferOp(child.segment, 0, [data[:1]])], 10) == [None]
             tasks = [asyncio.create_task(pump(dice.choice([64, 4096, 1 << 20, 8 << 20]))) for _ in range(6)]
             await asyncio.sleep(dice.random() * 0.1)
@@ -193,7 +193,7 @@ async def test_a_stopped_owner_is_a_timeout_soon_after_the_deadline_and_all_is_w
             child.stop()
             start = loop.time()
             (error,) = await move([op], 0.1)
-            assert isinstance(error, TransferTimeoutError) and loop.time() - start < 2
+            assert isinstance(error, TransferTimeoutError) and loop.time() - start < 10
             data[:] = b"\x05" * len(data)
             child.go_on()
             assert await engine.write([op], 10) == [None]
@@ -204,7 +204,7 @@ async def test_a_stopped_owner_is_a_timeout_soon_after_the_deadline_and_all_is_w
         start = loop.time()
         await engine.aclose()
         (error,) = await task
-        assert isinstance(error, PeerUnreachableError) and loop.time() - start < 4
+        assert isinstance(error, PeerUnreachableError) and loop.time() - start < 15
     assert resources() == before
 
 

@@ -55,7 +55,7 @@ async def test_what_hangs_is_seen_to_be_held(tmp_path: Path) -> None:
         assert seen[0].left and held == ""
         body = {"model": system.model, "prompt": PROMPTS[1], "max_tokens": 2}
         asking = asyncio.create_task(system.session.post(f"{system.url}/v1/completions", json=body))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while "requests at decode-" not in (found := await system.held()):  # noqa: ASYNC110 - another process's
                 await asyncio.sleep(0.02)
         assert "1 requests at the router" in found
@@ -67,7 +67,10 @@ async def test_what_hangs_is_seen_to_be_held(tmp_path: Path) -> None:
 async def test_a_soak_answers_everybody_and_sees_every_process(tmp_path: Path) -> None:
     async with own_cluster("sim", tmp_path) as system:
         soak = Soak(system, seed=3)
-        await soak.run(0.1)
+        for _ in range(8):  # as long as a busy machine takes for that much
+            await soak.run(0.1)
+            if soak.seen["answered"] > 20 and sum(soak.faults.values()) and soak.leases:
+                break
         assert soak.seen["answered"] > 20 and not soak.seen["unanswered"] + soak.seen["other_text"], soak.examples
         names = {life.name for life in soak.lives.values()}
         assert {"router", "metadata-server", "decode-1", "decode-1 engine"} <= names

@@ -62,7 +62,7 @@ async def in_tiers(subject: ClusterHandle, folder: Path, least: int) -> list[dic
         live = used(lines[0])
         return lines if all(live.get(tier, 0) >= least for tier in ("disk", "redis")) else []
 
-    return await subject.until(there, 30)
+    return await subject.until(there, 60)
 
 
 async def test_each_command_of_the_page_does_what_it_says(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ async def test_what_was_warmed_is_cached_and_ctrl_c_leaves_it(tmp_path: Path) ->
             reports = [await subject.node_info(node) for node in subject.nodes]
             return all(report.stats is not None and report.stats.running == 0 for report in reports)
 
-        await subject.until(idle, 10)
+        await subject.until(idle, 60)
         body = await subject.complete(PROMPTS[number - 1], **GREEDY)
         assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 512
 
@@ -173,7 +173,7 @@ async def test_what_another_cluster_uses_in_a_shared_redis_is_no_ones_to_clear(t
                 lines = (await told(ours, one, "ls"))["generations"]
                 return [line["state"] for line in lines] == ["live", "marked"] and used(lines[1])["redis"] == 8
 
-            await ours.until(marked, 30)
+            await ours.until(marked, 60)
             for words in (["--stale"], []):
                 code, out, _ = await kvferry(ours, one, "clear", "--yes", *words)
                 assert code == 0 and "kept" in out and "used by two/decode-0@" in out

@@ -158,7 +158,7 @@ async def test_a_damaged_chunk_is_noticed_computed_again_and_reported(
         bad = {replica.generation for replica in before.replicas[DAMAGED]}
         return [ref for ref in now.replicas[DAMAGED] if ref.generation not in bad] if len(now.replicas) > 1 else []
 
-    await subject.until(replaced, 5)
+    await subject.until(replaced, 60)
     assert (await subject.stats()).counters[f"quarantined_{reason}"] == told + len(before.replicas[DAMAGED])
     other = await ask(subject, prompt)
     assert other["cached_tokens"] >= CHUNKS * CHUNK, "as good as before"

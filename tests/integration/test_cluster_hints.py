@@ -24,7 +24,7 @@ async def cached(subject: ClusterHandle, seed: int, **hints: str) -> int:
             (hint,) = (await subject.explain(body["id"]))["hints"]
             return bool(hint["why"])
 
-        await subject.until(said, 10)
+        await subject.until(said, 60)
     tokens: int = body["usage"]["prompt_tokens_details"]["cached_tokens"]
     return tokens
 

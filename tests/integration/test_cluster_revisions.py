@@ -1,14 +1,11 @@
 """A real cluster in the middle of a change of weights: two decoders, two revisions, and one of them is killed."""
 
-import asyncio
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 from support.cluster import cluster
+from support.mid_answer import killed_at_work
 
 from engines.sim.reference import expected_tokens
 from kvcore.config.schema import SimEngineConfig
@@ -29,21 +26,12 @@ async def test_a_stream_waits_for_its_own_revision_and_takes_no_token_of_the_oth
     async with cluster(tmp_path, prefillers=0, overrides=overrides) as subject:
         (problem,) = (await subject.status())["problems"]
         assert problem.startswith("decoder decode-1 and decoder decode-0 share no KV") and "weights" in problem
-        task = asyncio.create_task(subject.stream(PROMPT, **FIELDS))
-
-        async def in_mid_answer() -> dict[str, Any] | None:
-            records = (await subject._json(f"{subject.url}/v1/requests"))["requests"]
-            return records[0] if records and records[0]["ttft_s"] is not None else None
-
-        record = await subject.until(in_mid_answer, 10)
-        assert record is not None
-        victim = record["route"]["decoder"]
-        os.kill(subject.launcher.pids[victim], signal.SIGKILL)
-        answer = await task
+        told = await killed_at_work(subject, lambda: subject.stream(PROMPT, **FIELDS))
+        victim, answer = told.before["route"]["decoder"], told.answer
         engine = subject.config.engine
         assert isinstance(engine, SimEngineConfig)
         revision = {"decode-0": "v1", "decode-1": "v2"}[victim]
         own = msgspec.structs.replace(engine, weights_version=revision)
         assert answer.token_ids == expected_tokens(own, PROMPT, SAMPLING)[0]
-        legs = (await subject.explain(answer.id))["legs"]
+        legs = told.after["legs"]
         assert {leg["node"] for leg in legs} == {victim} and len(legs) > 1

@@ -1,15 +1,12 @@
 """Answers held to a form by real processes: whole and streamed, and over the death of a decoder in the middle."""
 
-import asyncio
 import json
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
-from support.cluster import ClusterHandle, cluster
+from support.cluster import cluster
+from support.mid_answer import killed_at_work
 
 pytestmark = pytest.mark.slow
 
@@ -36,22 +33,13 @@ def is_right(text: str) -> bool:
     return True
 
 
-async def in_mid_answer(subject: ClusterHandle) -> dict[str, Any] | None:
-    records = (await subject._json(f"{subject.url}/v1/requests"))["requests"]
-    return records[0] if records and records[0]["ttft_s"] is not None else None
-
-
 async def test_a_form_is_kept_to_over_a_decoders_death(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Names, please."}]
     fields = {"response_format": FORMAT, "max_tokens": 400, "seed": 5}
     async with cluster(tmp_path, overrides=("engine.inter_token_s=0.03",)) as subject:
-        task = asyncio.create_task(subject.stream_chat(messages, **fields))
-        record = await subject.until(lambda: in_mid_answer(subject), 20)
-        assert record is not None
-        os.kill(subject.launcher.pids[record["route"]["decoder"]], signal.SIGKILL)
-        answer = await task
-        told = await subject.explain(answer.id)
-        assert told["retries"] == 1, "nobody took it over: the test shows nothing"
+        told = await killed_at_work(subject, lambda: subject.stream_chat(messages, **fields))
+        answer = told.answer
+        assert told.after["retries"] == 1
         assert is_right(answer.text) and answer.finish_reason == "stop"
         again = await subject.chat(messages, **fields)
         assert again["choices"][0]["message"]["content"] == answer.text, "no death, the same answer"

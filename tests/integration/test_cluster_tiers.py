@@ -85,7 +85,7 @@ async def test_clusters_that_share_a_redis_find_what_either_computed_and_answer_
                 keys = server.ask(b"KEYS", b"kvf1:{*")
                 return isinstance(keys, list) and len(keys) >= NUM_PROMPTS * CHUNKS
 
-            await subject.until(all_saved, 20)
+            await subject.until(all_saved, 60)
         worth_it = [*redis, "engine.prefill_tokens_per_s=1000", "tiers.wait_s=60"]  # to load, on any machine
         async with cluster(two, prefillers=1, decoders=1, overrides=worth_it) as subject:
             half = NUM_PROMPTS // 2
@@ -100,7 +100,7 @@ async def test_clusters_that_share_a_redis_find_what_either_computed_and_answer_
                 reports = [await subject.node_info(node) for node in subject.nodes]
                 return any(server.url in tier.problem for report in reports for tier in report.tiers)
 
-            await subject.until(said, 20)
+            await subject.until(said, 60)
 
 
 @with_s3
@@ -133,7 +133,7 @@ async def test_kv_that_went_through_int8_is_found_again_and_is_no_kv_of_an_exact
             async def all_saved(subject: ClusterHandle = subject) -> bool:
                 return await saved(subject, subject.nodes) >= 6 * len(prompts)
 
-            await subject.until(all_saved, 20)
+            await subject.until(all_saved, 60)
             report = await subject.node_info("decode-0")
             fingerprints.append(report.node.fingerprint)
             assert not any(tier.counts.get("damaged", 0) for tier in report.tiers)

@@ -1,14 +1,13 @@
 """A loop of tools through real processes whose decoder dies in the middle of a call: valid to the last byte."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from support.cluster import ClusterHandle, cluster
+from support.mid_answer import killed_at_work
 
 pytestmark = pytest.mark.slow
 
@@ -30,17 +29,14 @@ TOOLS = [{"type": "function", "function": {"name": "feed", "parameters": SCHEMA}
 
 
 async def streamed_call(
-    subject: ClusterHandle, body: dict[str, Any], *, dies: bool = False
-) -> tuple[str, dict[str, Any], str]:
-    """(id of the answer, the call that its deltas make, why it ended). `dies`: its decoder does, once it has begun."""
+    subject: ClusterHandle, body: dict[str, Any], begun: set[str] | None = None
+) -> tuple[dict[str, Any], str]:
+    """(The call that its deltas make, why it ended). The answer's id goes into `begun` once its call has."""
     call: dict[str, Any] = {}
-    answer_id = reason = ""
+    reason = ""
     async for event in subject.events("/v1/chat/completions", body):
-        answer_id = event["id"]
-        if dies and call:
-            dies = False
-            decoder = (await subject.explain(answer_id))["route"]["decoder"]
-            os.kill(subject.launcher.pids[decoder], signal.SIGKILL)
+        if call and begun is not None:
+            begun.add(event["id"])
         for choice in event["choices"]:
             reason = choice["finish_reason"] or reason
             for part in choice["delta"].get("tool_calls", ()):
@@ -49,7 +45,7 @@ async def streamed_call(
                     call = {"id": part["id"], "type": "function", "function": part["function"]}
                 else:
                     call["function"]["arguments"] += part["function"]["arguments"]
-    return answer_id, call, reason
+    return call, reason
 
 
 @pytest.mark.parametrize("parser", ["hermes", "glm"], ids=["in its own form", "as a list in JSON"])
@@ -59,15 +55,21 @@ async def test_a_loop_of_tools_goes_on_over_a_decoders_death(tmp_path: Path, par
     async with cluster(tmp_path, overrides=overrides) as subject:
         body: dict[str, Any] = {"model": subject.config.model.name, "messages": messages, "tools": TOOLS}
         body |= {"tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 400, "seed": 5}
-        answer_id, call, why = await streamed_call(subject, body, dies=True)
-        assert (await subject.explain(answer_id))["retries"] == 1, "nobody took it over: the test shows nothing"
+        begun: set[str] = set()
+
+        async def in_its_call(record: dict[str, Any]) -> bool:
+            return record["id"] in begun
+
+        told = await killed_at_work(subject, lambda: streamed_call(subject, body, begun), at=in_its_call)
+        assert told.after["retries"] == 1
+        call, why = told.answer
         assert (call["function"]["name"], why) == ("feed", "tool_calls")
         jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMA)
         messages += [
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "tool_call_id": call["id"], "content": "They have eaten."},
         ]
-        _, second, _ = await streamed_call(subject, body)
+        second, _ = await streamed_call(subject, body)
         jsonschema.validate(json.loads(second["function"]["arguments"]), SCHEMA)
         assert second["id"] != call["id"]
         answer = await subject.chat(messages, tools=TOOLS, tool_choice="none", max_tokens=4)

@@ -46,7 +46,7 @@ async def test_trained_weights_answer_as_the_model_does_and_the_old_generation_i
             places = (await generations(subject))["live"]["places"]
             return any(place["place"] == "disk" and place["chunks"] >= 4 for place in places)
 
-        await subject.until(on_disk, 20)
+        await subject.until(on_disk, 60)
         make_tiny_model("llama", model, seed=2)
         status, _, report = await subject.post("/v1/weights", {"version": "step-1200", "wait_s": 5})
         assert status == 200, report
@@ -68,12 +68,13 @@ async def test_trained_weights_answer_as_the_model_does_and_the_old_generation_i
 
 async def test_answers_under_way_end_on_the_weights_that_they_began_with_or_are_cut(tmp_path: Path) -> None:
     fields = {"max_tokens": 40, "seed": 1, "ignore_eos": True, "return_token_ids": True}
-    sampling = SamplingParams(temperature=1.0, seed=1, max_tokens=40, ignore_eos=True)
+    long = {**fields, "max_tokens": 1000}  # 50 s: it is in the middle of it when it is cut
     async with cluster(tmp_path, prefillers=1, decoders=1, overrides=QUICK) as subject:
         engine = subject.config.engine
         assert isinstance(engine, SimEngineConfig)
 
-        def expected(version: str) -> list[int]:
+        def expected(version: str, num_tokens: int = 40) -> list[int]:
+            sampling = SamplingParams(temperature=1.0, seed=1, max_tokens=num_tokens, ignore_eos=True)
             own = msgspec.structs.replace(engine, weights_version=version)
             return expected_tokens(own, PROMPT, sampling)[0]
 
@@ -82,18 +83,18 @@ async def test_answers_under_way_end_on_the_weights_that_they_began_with_or_are_
             return len(records) == number and records[0]["ttft_s"] is not None
 
         under_way = asyncio.create_task(subject.stream(PROMPT, **fields))
-        await subject.until(lambda: began(1), 10)
+        await subject.until(lambda: began(1), 60)
         change = asyncio.create_task(subject.post("/v1/weights", {"version": "step-1", "wait_s": 30}))
         assert (await under_way).token_ids == expected("v1"), "all of it is the old weights'"
         status, _, report = await change
         assert status == 200 and {line["cut"] for line in report["nodes"]} == {0}
         assert (await subject.stream(PROMPT, **fields)).token_ids == expected("v1/step-1")
-        cut = asyncio.create_task(_tokens(subject, fields))
-        await subject.until(lambda: began(3), 10)
+        cut = asyncio.create_task(_tokens(subject, long))
+        await subject.until(lambda: began(3), 60)
         status, _, report = await subject.post("/v1/weights", {"version": "step-2", "wait_s": 0})
         assert status == 200 and sum(line["cut"] for line in report["nodes"]) == 1
         tokens, error = await asyncio.wait_for(cut, 120)
-        assert tokens == expected("v1/step-1")[: len(tokens)] and error == "model_changed", "no token of the new ones"
+        assert tokens == expected("v1/step-1", len(tokens)) and error == "model_changed", "no token of the new ones"
         assert (await subject.stream(PROMPT, **fields)).token_ids == expected("v1/step-2")
 
 

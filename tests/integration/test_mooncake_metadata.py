@@ -209,7 +209,7 @@ def test_clients_put_and_get_and_one_that_was_killed_comes_back_under_its_name(t
         began = monotonic()
         again = there.client(17001)
         assert again.setup == "0", again.log.read_text() + there.log()
-        assert monotonic() - began < 10
+        assert monotonic() - began < 30
         for pair in ((again, two), (two, again)):
             until_true(exchanged(*pair), 20.0, there.log)
         for client in (again, two):

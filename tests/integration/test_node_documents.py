@@ -94,7 +94,7 @@ async def found_after_a_restart(folder: Path, tier: str, override: str) -> None:
             reports = [await subject.node_info(node) for node in subject.nodes]
             return sum(one.counts.get("saved", 0) for report in reports for one in report.tiers) >= CHUNKS
 
-        await subject.until(saved, 30)
+        await subject.until(saved, 60)
     async with cluster(folder, prefillers=1, decoders=1, overrides=[override, *SLOW]) as subject:
         info = await reused(subject, engine_of(subject))
         assert sum(one.num_chunks for one in info.promoted if one.tier == tier) == CHUNKS

@@ -29,7 +29,7 @@ def is_chunk(key: bytes) -> bool:
 
 async def until_kept(server: RedisServer, chunks: int) -> None:
     """Until so many chunks are in the server."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while sum(map(is_chunk, keys_of(server))) < chunks:  # noqa: ASYNC110  (a server tells nobody)
             await asyncio.sleep(0.02)
 

@@ -62,7 +62,7 @@ async def status_text(one: Served) -> str:
 
 async def until_said(one: Served, *words: str) -> None:
     """While it is asked fresh prompts, until its status says a tier's problem with one of these words."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             said = [line for line in (await status_text(one)).splitlines() if line.startswith("problem: tier")]
             if any(word in line for word in words for line in said):

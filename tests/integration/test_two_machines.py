@@ -73,7 +73,7 @@ class Load:
                     task.result()
             return len(self.answers) >= wanted
 
-        await self._handle.until(there, 2 * ANSWER_S)
+        await self._handle.until(there, 6 * ANSWER_S)
 
     async def check(self) -> Counter[str]:
         """Every answer is right and came in time. Returns the decoders that gave the last tokens."""

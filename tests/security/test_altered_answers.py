@@ -188,7 +188,7 @@ async def say(port: int, request: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(request)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return (await reader.readline()).split()[1]
     finally:
         writer.close()

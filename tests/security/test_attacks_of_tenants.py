@@ -80,13 +80,13 @@ async def test_with_keys_none_of_it_works_and_the_commands_of_the_page_do(tmp_pa
             status, _, _ = await post(handle, acme)
             return status == 401
 
-        await handle.until(refused, 10)
+        await handle.until(refused, 60)
         again = (await shell("kvferry keys create acme --file keys.json", tmp_path)).strip()
 
         async def taken() -> bool:
             return (await post(handle, again))[0] == 200
 
-        await handle.until(taken, 10)
+        await handle.until(taken, 60)
         mine = [await cached(handle, again, PUBLIC + tail) for tail in (TAIL, TAIL)]
         assert mine[1] > len(PUBLIC) > 0, "a tenant has all of its own"
         assert await cached(handle, other, PUBLIC + TAIL) == len(PUBLIC) // 64 * 64, "and another what is public"
@@ -125,7 +125,7 @@ async def tried_without(handle: ClusterHandle, victims_key: str) -> set[str]:
     async def heard() -> bool:
         return (await post(handle, victims_key))[0] == 200
 
-    await handle.until(heard, 30)
+    await handle.until(heard, 60)
     return await tried(handle, "", victims_key)
 
 
@@ -139,13 +139,21 @@ def test_how_long_a_wrong_key_takes_tells_nothing_of_how_near_it_is():
         "the id alone": key[:17] + "z" * 43,
         "nothing": "kvf_" + "0" * 12 + "_" + "z" * 43,
     }
-    times: dict[str, list[int]] = {name: [] for name in wrong}
-    for _ in range(3000):
-        for name, one in wrong.items():
-            began = time.perf_counter_ns()
-            assert ring.find(one) is None
-            times[name].append(time.perf_counter_ns() - began)
-    middle = {name: statistics.median(taken) for name, taken in times.items()}
-    near, none = middle["all but the last"], middle["the id alone"]
-    assert abs(near - none) < 0.2 * none, middle
-    assert abs(middle["nothing"] - none) < 1.0 * none, middle
+
+    def measured() -> dict[str, float]:
+        times: dict[str, list[int]] = {name: [] for name in wrong}
+        for _ in range(3000):
+            for name, one in wrong.items():
+                began = time.perf_counter_ns()
+                assert ring.find(one) is None
+                times[name].append(time.perf_counter_ns() - began)
+        return {name: statistics.median(taken) for name, taken in times.items()}
+
+    def tells_nothing(middle: dict[str, float]) -> bool:
+        near, none = middle["all but the last"], middle["the id alone"]
+        return abs(near - none) < 0.2 * none and abs(middle["nothing"] - none) < 1.0 * none
+
+    tries = [measured()]  # what a key's nearness makes of the time it makes each time; a busy machine does not
+    while not tells_nothing(tries[-1]) and len(tries) < 5:
+        tries.append(measured())
+    assert tells_nothing(tries[-1]), tries

@@ -255,7 +255,7 @@ async def dumps(handle: ClusterHandle, folder: Path, pids: list[int]) -> dict[st
     async def written() -> bool:
         return num() >= before + len(pids)
 
-    await handle.until(written, 30)
+    await handle.until(written, 60)
     return read()
 
 

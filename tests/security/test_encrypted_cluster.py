@@ -59,7 +59,7 @@ async def test_answers_are_those_of_generate_and_who_reads_memory_or_disk_finds_
             tiers = [tier for name in subject.nodes for tier in (await subject.node_info(name)).tiers]
             return sum(tier.counts.get("saved", 0) for tier in tiers) >= CHUNKS
 
-        await subject.until(saved, 30)
+        await subject.until(saved, 60)
         with segments(subject.launcher.pids, subject.nodes) as memories:
             there = [bytes(memory) for memory in memories]
     disks = [file.read_bytes() for file in (tmp_path / "disk").rglob("*") if file.is_file()]
@@ -92,7 +92,7 @@ async def test_a_node_that_does_not_encrypt_shares_no_kv_and_is_named(tmp_path: 
             problems = str((await subject.status())["problems"])
             return "prefill-0" in problems and "kv.encrypt" in problems
 
-        await subject.until(named, 20)
+        await subject.until(named, 60)
 
 
 async def test_chunks_that_somebody_changes_are_computed_again_and_counted(tmp_path: Path) -> None:
@@ -110,4 +110,4 @@ async def test_chunks_that_somebody_changes_are_computed_again_and_counted(tmp_p
         async def reported() -> bool:
             return (await subject.stats()).counters.get("quarantined_forged", 0) > 0
 
-        await subject.until(reported, 20)
+        await subject.until(reported, 60)

@@ -66,5 +66,5 @@ async def test_a_changed_chunk_is_computed_again_where_there_is_a_secret(subject
     async def reported() -> bool:
         return (await subject.stats()).counters.get(name, 0) > told
 
-    await subject.until(reported, 5)
+    await subject.until(reported, 60)
     assert (await ask(subject, prompt))[0], "what was computed anew is as good as before"

@@ -75,7 +75,7 @@ async def test_a_head_a_byte_at_a_time_is_cut_at_its_deadline(serving: Serving):
         reader, writer = await listener.connect()
         answer = asyncio.create_task(reader.read())
         drip = asyncio.create_task(_drip(writer, b"GET / HTTP/1.1\r\nX-Long: " + b"a" * 10_000))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             with suppress(ConnectionError):  # what the client goes on to send may reset the connection first
                 assert b" 408 " in await answer
         drip.cancel()
@@ -97,7 +97,7 @@ async def test_a_client_that_does_not_read_is_cut_and_its_work_ends(serving: Ser
         _, writer = await listener.connect()
         writer.transport.pause_reading()
         writer.write(GET % b"/endless")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await listener.ended.wait()
         assert listener.sent_parts * len(PART) < 64 << 20, "what the kernel takes of loopback, and no more"
         await listener.until(lambda: listener.gate.num_connections == 0)
@@ -119,7 +119,7 @@ async def test_a_packed_body_is_refused_by_name(serving: Serving, head: bytes):
         reader, writer = await listener.connect()
         end = b"\r\n0\r\n\r\n" if b"chunked" in head else b""
         writer.write(POST + head % len(bomb) + bomb + end)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             status = (await reader.readline()).split()[1]
         writer.close()
         assert status == b"415"

@@ -172,7 +172,7 @@ async def fetch_any_url(it: Stranger) -> bool:
         if not await it.tell("/v1/nodes/register", it.registration("elsewhere", url)):
             return False
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(10.0):
+            async with asyncio.timeout(60):
                 await asked.wait()
         return asked.is_set()
 

@@ -54,7 +54,7 @@ class Listener:
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait until it does, a few seconds at most."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not holds():  # noqa: ASYNC110 - counters have no event
                 await asyncio.sleep(0.005)
 

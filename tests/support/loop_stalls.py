@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 
@@ -30,3 +30,15 @@ async def loop_stalls() -> AsyncIterator[LoopStalls]:
     await asyncio.sleep(0)
     yield stalls
     task.cancel()
+
+
+async def least_stall(work: Callable[[int], Awaitable[None]], enough_s: float) -> float:
+    """The shortest of the longest stalls of up to five runs of `work`, which is given their number; no more once one is
+    as short as `enough_s`. On a core that other processes use the same work takes longer."""
+    best_s = float("inf")
+    for number in range(5):
+        async with loop_stalls() as stalls:
+            await work(number)
+        if (best_s := min(best_s, stalls.longest_s)) <= enough_s:
+            break
+    return best_s

@@ -95,7 +95,7 @@ async def end(task: "asyncio.Task[None]") -> None:
         await task
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     """Let the loop run until `condition()` holds; it is looked at after each turn of the loop."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - any expression: nobody could set an event for it

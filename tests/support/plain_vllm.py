@@ -80,7 +80,7 @@ async def running_router(config: ClusterConfig, *, healthy: bool = True) -> Asyn
 async def _until_ready(
     session: aiohttp.ClientSession, serving: "asyncio.Task[None]", lifecycle: Lifecycle, healthy: bool
 ) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not lifecycle.is_ready:
             if serving.done():
                 serving.result()

@@ -107,7 +107,7 @@ class Cluster:
 
     async def joined(self, *names: str) -> None:
         """Until the metadata server knows the nodes, with their engines' fingerprints, and no others."""
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             while True:
                 nodes = (await self.stats()).nodes
                 complete = all(node.fingerprint for node in nodes if node.role != "store")

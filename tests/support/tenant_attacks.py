@@ -44,7 +44,7 @@ class Attacker:
             writer.write(request)
             await writer.drain()
             writer.write_eof()
-            return await asyncio.wait_for(reader.read(), 10)
+            return await asyncio.wait_for(reader.read(), 60)
         finally:
             writer.close()
 

@@ -247,7 +247,7 @@ async def mooncake_rig() -> AsyncIterator[TierRig]:
 
     with server.machines.entered():
         tier, probe = mooncake_tier(server), chunk_of(name_of(0), 1)
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(60):
             while await tier.save([probe], timeout_s=20.0) != [TierOutcome.OK]:  # noqa: ASYNC110  (nobody lends yet)
                 await asyncio.sleep(0.05)
         await tier.clear([FINGERPRINT, bytes(16), b"\xff" * 16], timeout_s=20.0)

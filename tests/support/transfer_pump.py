@@ -30,7 +30,7 @@ async def pump_process(segment: Segment, kind: str) -> AsyncIterator["asyncio.su
     )
     assert process.stdout is not None
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await process.stdout.readline() == b"moving\n"
         yield process
     finally:

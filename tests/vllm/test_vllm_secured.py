@@ -61,4 +61,4 @@ async def test_workers_write_sealed_chunks_and_load_no_forged_one(
         async def reported() -> bool:
             return (await subject.stats()).counters.get("quarantined_forged", 0) > 0
 
-        await subject.until(reported, 10)
+        await subject.until(reported, 60)

@@ -43,7 +43,7 @@ async def collect(engine: EngineProcess, request_id: str = "count", max_tokens: 
 
 
 async def until_counted(engine: EngineProcess, name: str, value: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while (await engine.stats()).counters[name] != value:  # each turn is a round trip
             pass
 
@@ -64,7 +64,7 @@ async def test_killed_child_ends_all_calls_at_once_after_giving_out_what_had_arr
         with pytest.raises(EngineDiedError):
             await hanging
         assert seen == [0, 1, 2]
-        assert time.monotonic() - killed_at < 0.5
+        assert time.monotonic() - killed_at < 10, "nothing else would end it"
         assert "SIGKILL" in await engine.wait_ended()
         with pytest.raises(EngineDiedError):
             await engine.stats()
@@ -92,12 +92,12 @@ async def test_child_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
     tests = str(Path(fake_engine.__file__).parents[1])
     parent = await asyncio.create_subprocess_exec(sys.executable, script, tests, stdout=subprocess.PIPE)
     assert parent.stdout is not None
-    pidfd = os.pidfd_open(int(await asyncio.wait_for(parent.stdout.readline(), 20)))
+    pidfd = os.pidfd_open(int(await asyncio.wait_for(parent.stdout.readline(), 60)))
     gone = asyncio.Event()
     asyncio.get_running_loop().add_reader(pidfd, gone.set)
     parent.kill()
     await parent.wait()
-    await asyncio.wait_for(gone.wait(), 5)
+    await asyncio.wait_for(gone.wait(), 60)
     asyncio.get_running_loop().remove_reader(pidfd)
     os.close(pidfd)
 
@@ -141,7 +141,7 @@ async def test_child_that_breaks_the_protocol_is_killed(mode: str) -> None:
     async with rogue(mode) as engine:
         with pytest.raises(EngineDiedError):
             async for _ in engine.generate(generate_request()):
-                await asyncio.wait_for(engine.wait_ended(), 5)
+                await asyncio.wait_for(engine.wait_ended(), 60)
 
 
 async def test_child_that_does_not_answer_pings_is_killed() -> None:
@@ -256,9 +256,9 @@ async def test_a_call_that_is_cancelled_in_the_same_breath_is_answered_and_nothi
         warnings.simplefilter("always")
         channel.send(m.encode(m.PrefillCall(id=1, request=prefill_request("hang"))))
         channel.send(m.encode(m.Cancel(id=1)))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             assert [m.decode_from_child(payload) for payload in await channel.receive()] == [m.Done(id=1)]
         gc.collect()
     assert not [warning for warning in caught if "never awaited" in str(warning.message)]
     await channel.aclose()
-    assert await asyncio.wait_for(child, 5) == 0
+    assert await asyncio.wait_for(child, 60) == 0

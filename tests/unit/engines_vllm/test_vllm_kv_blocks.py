@@ -249,7 +249,7 @@ async def test_takers_of_several_slots_do_not_wait_for_each_others(device):
             for views in chunks:
                 fill(views, number)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await asyncio.gather(write(0), write(2), write(4), payload(device, [6], device.mark()))
     for number in range(6):
         assert b"".join(block_bytes(device.caches, number)) == bytes([number // 2 * 2]) * BLOCK_BYTES
@@ -262,5 +262,5 @@ async def test_who_is_cancelled_while_waiting_for_a_slot_takes_none(device):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await payload(device, [2], device.mark())

@@ -29,7 +29,7 @@ class Lines:
         self._changed.set()
 
     async def until(self, count: int) -> list[str]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(self.seen) < count:
                 self._changed.clear()
                 await self._changed.wait()
@@ -46,7 +46,7 @@ async def gone(pid: int) -> None:
     loop = asyncio.get_running_loop()
     loop.add_reader(fd, ended.set)
     try:
-        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.wait_for(ended.wait(), 60)
     finally:
         loop.remove_reader(fd)
         os.close(fd)
@@ -67,7 +67,7 @@ async def test_a_child_dies_with_a_parent_that_was_killed():
     parent = await ChildProcess.start(python(code), on_line=lines)
     grandchild = int((await lines.until(1))[0])
     os.kill(parent.pid, signal.SIGKILL)
-    assert await asyncio.wait_for(parent.wait(), 10) == -signal.SIGKILL
+    assert await asyncio.wait_for(parent.wait(), 60) == -signal.SIGKILL
     await gone(grandchild)
 
 
@@ -124,7 +124,7 @@ def alive_in_group(group: int) -> list[int]:
 
 
 async def group_gone(group: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while pids := alive_in_group(group):
             for pid in pids:
                 await gone(pid)
@@ -157,7 +157,7 @@ async def test_a_guarded_tree_dies_with_a_parent_that_was_killed_while_the_tree_
     lines = Lines()
     parents = [await ChildProcess.start([*python(PARENT), tree[1], "at once"], on_line=lines) for _ in range(3)]
     for parent in parents:
-        assert await asyncio.wait_for(parent.wait(), 10) == -signal.SIGKILL
+        assert await asyncio.wait_for(parent.wait(), 60) == -signal.SIGKILL
     for leader in await lines.until(3):
         await group_gone(int(leader))
 
@@ -170,7 +170,7 @@ async def test_a_guarded_tree_dies_whole_when_one_of_it_is_killed(tree, victim):
     victims = {"front": [front], "core and front": [core, front], "guard": [guard_of(front)]}[victim]
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
-    assert await asyncio.wait_for(child.wait(), 10) == -signal.SIGKILL
+    assert await asyncio.wait_for(child.wait(), 60) == -signal.SIGKILL
     await group_gone(front)
 
 
@@ -180,7 +180,7 @@ async def test_a_guard_outlives_a_polite_end_of_the_group_and_goes_with_the_comm
     child = await ChildProcess.start(python(code), on_line=lines, guard=True)
     await lines.until(1)
     os.killpg(child.pid, signal.SIGTERM)
-    assert await asyncio.wait_for(child.wait(), 10) == 5
+    assert await asyncio.wait_for(child.wait(), 60) == 5
     await group_gone(child.pid)
 
 
@@ -215,7 +215,7 @@ async def test_a_guarded_tree_leaves_no_shared_memory_whichever_way_it_ends(tmp_
         leader, name = (await lines.until(1))[0].split()
         if how == "killed":
             child.kill()
-        await asyncio.wait_for(child.wait(), 10)
+        await asyncio.wait_for(child.wait(), 60)
     await group_gone(int(leader))
     assert not (Path("/dev/shm") / name.lstrip("/")).exists()
 
@@ -226,13 +226,13 @@ async def test_a_childs_own_end_is_known_before_its_group_is_gone(tree):
     front, core, _ = (int(pid) for pid in (await lines.until(1))[0].split())
     os.kill(guard_of(front), signal.SIGSTOP)  # it does nothing now
     os.kill(front, signal.SIGKILL)
-    assert await asyncio.wait_for(child.wait_ended(), 10) == -signal.SIGKILL
+    assert await asyncio.wait_for(child.wait_ended(), 60) == -signal.SIGKILL
     assert core in alive_in_group(front) and not child._reaped.is_set()
     assert repr(child) == f"<ChildProcess {front}, ended with -9, guarded>"
     assert child._guard_timer is not None
     child._guard_timer.cancel()
     child._reap()  # as when the guard's time is up
-    assert await asyncio.wait_for(child.wait(), 10) == -signal.SIGKILL
+    assert await asyncio.wait_for(child.wait(), 60) == -signal.SIGKILL
     await group_gone(front)
 
 
@@ -247,7 +247,7 @@ async def test_a_guard_holds_nothing_of_the_commands():
         try:
             await lines.until(1)
             loop = asyncio.get_running_loop()
-            assert await asyncio.wait_for(loop.sock_recv(ours, 1), 10) == b""
+            assert await asyncio.wait_for(loop.sock_recv(ours, 1), 60) == b""
         finally:
             child.kill()
             await child.wait()
@@ -284,7 +284,7 @@ async def test_a_child_that_ends_leaves_nothing_of_its_group_behind():
     """
     lines = Lines()
     child = await ChildProcess.start(python(code), on_line=lines)
-    assert await asyncio.wait_for(child.wait(), 10) == 0
+    assert await asyncio.wait_for(child.wait(), 60) == 0
     await gone(int(lines.seen[0]))
 
 
@@ -299,7 +299,7 @@ async def test_cancelling_terminate_kills_the_child():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await asyncio.wait_for(child.wait(), 10) == -signal.SIGKILL
+    assert await asyncio.wait_for(child.wait(), 60) == -signal.SIGKILL
 
 
 async def test_terminate_is_gentle_first_and_harmless_afterwards():
@@ -329,7 +329,7 @@ async def test_all_output_arrives_in_order_and_long_lines_are_cut():
     """
     lines = Lines()
     child = await ChildProcess.start(python(code), on_line=lines)
-    assert await asyncio.wait_for(child.wait(), 10) == 0
+    assert await asyncio.wait_for(child.wait(), 60) == 0
     head = [line for line in lines.seen if line.startswith("x")]
     assert "".join(head) == "x" * (MAX_LINE_BYTES * 3 + 5) and max(map(len, lines.seen)) <= MAX_LINE_BYTES
     rest = lines.seen[len(head) :]
@@ -347,13 +347,13 @@ async def test_a_reader_of_lines_that_fails_does_not_hide_that_the_child_has_end
     child = await ChildProcess.start(python("import sys; print('last words'); sys.exit(3)"), on_line=full)
     assert child._output is not None
     loop.remove_reader(child._output)  # as if it ended before its output was read
-    assert await asyncio.wait_for(child.wait(), 10) == 3
+    assert await asyncio.wait_for(child.wait(), 60) == 3
 
 
 async def test_a_command_that_does_not_exist_says_so():
     lines = Lines()
     child = await ChildProcess.start(["/no/such/program"], on_line=lines)
-    assert await asyncio.wait_for(child.wait(), 10) == 127
+    assert await asyncio.wait_for(child.wait(), 60) == 127
     assert lines.seen == ["cannot run /no/such/program: No such file or directory"]
 
 
@@ -363,7 +363,7 @@ async def test_passed_descriptors_keep_their_numbers():
         with theirs:
             code = f"import socket; s = socket.socket(fileno={theirs.fileno()}); s.sendall(b'hi'); s.close()"
             child = await ChildProcess.start(python(code), pass_fds=[theirs.fileno()])
-        assert await asyncio.wait_for(child.wait(), 10) == 0
+        assert await asyncio.wait_for(child.wait(), 60) == 0
         assert (ours.recv(10), ours.recv(10)) == (b"hi", b"")
 
 
@@ -380,4 +380,4 @@ async def test_nothing_is_left_open_after_a_child_has_ended():
 async def test_kill_all_children_ends_every_child():
     children = [await ChildProcess.start(python(SLEEPER)) for _ in range(2)]
     kill_all_children()
-    assert [await asyncio.wait_for(child.wait(), 10) for child in children] == [-signal.SIGKILL] * 2
+    assert [await asyncio.wait_for(child.wait(), 60) for child in children] == [-signal.SIGKILL] * 2

@@ -37,7 +37,7 @@ async def test_only_a_whole_body_is_at_hand(parts: list[bytes], at_hand: bytes |
     server = AsgiServer(app, "127.0.0.1", 0)
     await server.start()
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         writer.write(parts[0])
         await asked.wait()
         writer.writelines(parts[1:])

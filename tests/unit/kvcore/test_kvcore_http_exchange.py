@@ -74,7 +74,7 @@ async def test_what_a_stream_gets_in_one_turn_is_one_write_and_does_not_wait_for
     protocol, wire, state = connected(app)
     wires.append(wire)
     protocol.data_received(ASK)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await ended.wait()
     assert seen()[1:] == [b"1\r\nb\r\n2\r\ncd\r\n", b"1\r\ne\r\n0\r\n\r\n"] and state.total_requests == 1
 
@@ -131,7 +131,7 @@ async def test_the_application_hears_that_the_client_has_left(asked: bytes) -> N
 
     protocol, wire, _ = connected(app)
     protocol.data_received(asked)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await ready.wait()
         protocol.connection_lost(None)
         await told.wait()
@@ -150,7 +150,7 @@ async def test_it_hears_it_as_well_when_the_client_had_left_before() -> None:
 
     protocol, _, _ = connected(app)
     protocol.data_received(ASK)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await ready.wait()
         protocol.connection_lost(None)
         go.set()
@@ -166,7 +166,7 @@ async def test_another_server_tells_it_by_a_message(failure: OSError | None) -> 
             raise failure
         return {"type": "http.disconnect"}
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await left(told, {"type": "http"}, receive, asyncio.Event())
 
 

@@ -76,7 +76,7 @@ def test_lines_of_a_loop_are_written_together_and_soon(lines):
         for one in said:
             logger.info(one)
         assert pipe.writes == 0
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not pipe.writes:  # noqa: ASYNC110 - a buffer tells nobody
                 await asyncio.sleep(0)
         assert (pipe.writes, pipe.getvalue()) == (1, "".join(f"{one}\n" for one in said))

@@ -132,7 +132,7 @@ async def test_a_node_that_was_drained_stays_down(make):
         for name in ("d", "router"):
             os.kill(launcher.pids[name], signal.SIGTERM)
         await launcher.wait_restarted("router", launcher.pids.get("router", 0), 20)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await launcher._wait_until(lambda: launcher.states["d"] is ProcessState.STOPPED)
         assert launcher.restarts == {"metadata-server": 0, "d": 0, "router": 1}
         stopped = next(event for event in launcher.events if event.state is ProcessState.STOPPED)
@@ -164,7 +164,7 @@ async def test_a_full_disk_costs_the_log_and_nothing_else(make):
             process._log.close()
             process._log = open("/dev/full", "w", buffering=1)  # noqa: ASYNC230, SIM115, PTH123 - closed by the launcher
         await launcher.wait_ready(20)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await launcher.aclose()
     assert "d bye" in lines
 
@@ -195,10 +195,10 @@ async def test_cancelling_the_stop_kills_at_once(make):
     ignored = asyncio.Event()
     launcher = make([stubborn], on_line=lambda name, line: (ignored if line == "ignored" else said).set())
     await launcher.start()
-    await asyncio.wait_for(said.wait(), 10)
+    await asyncio.wait_for(said.wait(), 60)
     pid = launcher.pids["d"]
     closing = asyncio.create_task(launcher.aclose())
-    await asyncio.wait_for(ignored.wait(), 10)
+    await asyncio.wait_for(ignored.wait(), 60)
     closing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await closing
@@ -239,14 +239,14 @@ async def test_kill_minus_9_of_the_launcher_leaves_no_child(tmp_path):
         [sys.executable, "-c", textwrap.dedent(code)],
         on_line=lambda line: pids.set_result(list(map(int, line.split()))),
     )
-    children = await asyncio.wait_for(pids, 20)
+    children = await asyncio.wait_for(pids, 60)
     descriptors = [os.pidfd_open(pid) for pid in children]
     os.kill(launcher.pid, signal.SIGKILL)
-    await asyncio.wait_for(launcher.wait(), 10)
+    await asyncio.wait_for(launcher.wait(), 60)
     for descriptor in descriptors:
         ended = asyncio.Event()
         asyncio.get_running_loop().add_reader(descriptor, ended.set)
-        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.wait_for(ended.wait(), 60)
         asyncio.get_running_loop().remove_reader(descriptor)
         os.close(descriptor)
 

@@ -94,7 +94,7 @@ async def ended(pid: int) -> None:
     gone, loop = asyncio.Event(), asyncio.get_running_loop()
     loop.add_reader(descriptor, gone.set)
     try:
-        await asyncio.wait_for(gone.wait(), 10)
+        await asyncio.wait_for(gone.wait(), 60)
     finally:
         loop.remove_reader(descriptor)
         os.close(descriptor)
@@ -315,7 +315,7 @@ async def test_a_node_that_is_killed_is_told_in_the_log():
     try:
         report = await asyncio.to_thread(store.start)
         os.kill(int(report.segments[0].addresses["shm"].partition(":")[0]), signal.SIGKILL)
-        await asyncio.wait_for(told.wait(), 10)
+        await asyncio.wait_for(told.wait(), 60)
     finally:
         await asyncio.to_thread(store.close)
         logger.removeHandler(listener)

@@ -89,7 +89,7 @@ class FakeServer:
         )
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5), self._changed:
+        async with asyncio.timeout(60), self._changed:
             await self._changed.wait_for(holds)
 
     def serves_as(self, role: Role) -> bool:

@@ -32,7 +32,7 @@ class Server:
 async def until(pinner: DiskPinner, done) -> None:
     running = asyncio.create_task(pinner.run())
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not done():  # noqa: ASYNC110
                 await asyncio.sleep(0)
     finally:

@@ -112,7 +112,7 @@ class Pair:
         async def reservations() -> int:
             return (await self.rig.client.stats()).reservations
 
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while await reservations():  # noqa: ASYNC110 - a give-back goes on in the background
                 await asyncio.sleep(0.001)
 

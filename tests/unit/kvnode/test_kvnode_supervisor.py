@@ -54,7 +54,7 @@ async def test_killed_engine_is_started_again_and_the_segment_keeps_its_bytes() 
         owner._memory.view[:5] = b"bytes"
         subject, ready = supervisor("fake")
         task = asyncio.create_task(subject.run())
-        first = await asyncio.wait_for(ready.get(), 20)
+        first = await asyncio.wait_for(ready.get(), 60)
         await subject.wait_ready()
         hanging = asyncio.create_task(subject.engine().prefill(prefill_request("hang")))
         await subject.engine().stats()
@@ -64,7 +64,7 @@ async def test_killed_engine_is_started_again_and_the_segment_keeps_its_bytes() 
         assert not subject.ready  # from the moment on that its calls fail: nobody is told of it as of a live one
         with pytest.raises(NodeUnavailableError):
             subject.engine()
-        second = await asyncio.wait_for(ready.get(), 20)
+        second = await asyncio.wait_for(ready.get(), 60)
         assert second.pid != first.pid
         assert subject.restarts == 1
         assert len([delta async for delta in subject.engine().generate(generate_request())]) == 8
@@ -85,10 +85,10 @@ async def test_what_a_dead_engine_held_is_given_back_before_the_next_one_is_star
 
     subject, ready = supervisor("fake", on_end=give_back)
     task = asyncio.create_task(subject.run())
-    first = await asyncio.wait_for(ready.get(), 20)
+    first = await asyncio.wait_for(ready.get(), 60)
     assert lives == []
     os.kill(first.pid, signal.SIGKILL)
-    await asyncio.wait_for(ready.get(), 20)
+    await asyncio.wait_for(ready.get(), 60)
     assert lives == ["given back, ready: False"]
     task.cancel()
     await asyncio.wait({task})
@@ -103,11 +103,11 @@ async def test_an_engine_that_hangs_is_told_of_long_before_it_is_killed_and_may_
     often = EngineProcessLimits(stall_s=60.0, pings=600)
     subject, ready = supervisor("fake", on_hung=give_back, limits=often)
     task = asyncio.create_task(subject.run())
-    engine = await asyncio.wait_for(ready.get(), 20)
+    engine = await asyncio.wait_for(ready.get(), 60)
     for _ in range(2):
         os.kill(engine.pid, signal.SIGSTOP)
         hung.clear()
-        await asyncio.wait_for(hung.wait(), 20)
+        await asyncio.wait_for(hung.wait(), 60)
         os.kill(engine.pid, signal.SIGCONT)
         assert len([delta async for delta in subject.engine().generate(generate_request())]) == 8
     assert subject.restarts == 0 and subject.engine() is engine
@@ -123,11 +123,11 @@ async def test_an_engine_is_replaced_by_the_one_that_is_made_next_and_is_no_rest
 
     subject, ready = supervisor("fake", on_end=give_back)
     task = asyncio.create_task(subject.run())
-    first = await asyncio.wait_for(ready.get(), 20)
+    first = await asyncio.wait_for(ready.get(), 60)
     await subject.wait_ready()
     hanging = asyncio.create_task(subject.engine().prefill(prefill_request("hang")))
     await subject.engine().stats()
-    one, other = await asyncio.wait_for(asyncio.gather(subject.replace(), subject.replace()), 20)
+    one, other = await asyncio.wait_for(asyncio.gather(subject.replace(), subject.replace()), 60)
     assert one is other is subject.engine() and one.pid != first.pid
     with pytest.raises(EngineDiedError):
         await hanging
@@ -138,7 +138,7 @@ async def test_an_engine_is_replaced_by_the_one_that_is_made_next_and_is_no_rest
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(NodeUnavailableError, match="stopping"):
-        await asyncio.wait_for(replacing, 20)
+        await asyncio.wait_for(replacing, 60)
     await asyncio.wait({task})
 
 
@@ -147,12 +147,12 @@ async def test_a_replacement_that_does_not_become_ready_is_told_and_tried_again(
     with pytest.raises(NodeUnavailableError):
         await subject.replace()
     task = asyncio.create_task(subject.run())
-    await asyncio.wait_for(ready.get(), 20)
+    await asyncio.wait_for(ready.get(), 60)
     with pytest.raises(ConfigError, match="no such folder"):
-        await asyncio.wait_for(subject.replace(), 20)
+        await asyncio.wait_for(subject.replace(), 60)
     with pytest.raises(NodeUnavailableError):
         subject.engine()
-    await asyncio.wait_for(ready.get(), 20)
+    await asyncio.wait_for(ready.get(), 60)
     assert subject.ready
     task.cancel()
     await asyncio.wait({task})
@@ -167,7 +167,7 @@ async def test_while_there_is_no_engine_it_is_said_at_once() -> None:
 async def test_config_error_at_the_first_start_ends_it_with_the_reason() -> None:
     subject, _ = supervisor("missing")
     with pytest.raises(ConfigError, match="no such folder"):
-        await asyncio.wait_for(subject.run(), 20)
+        await asyncio.wait_for(subject.run(), 60)
 
 
 async def test_an_engine_that_does_not_fit_the_node_ends_it_with_the_reason() -> None:
@@ -180,22 +180,22 @@ async def test_an_engine_that_does_not_fit_the_node_ends_it_with_the_reason() ->
 
     subject = EngineSupervisor(make, SystemClock(), on_ready=refuse, limits=QUICK)
     with pytest.raises(ConfigError, match="cannot be kept here"):
-        await asyncio.wait_for(subject.run(), 20)
+        await asyncio.wait_for(subject.run(), 60)
     assert not subject.ready
 
 
 async def test_engine_that_never_becomes_ready_is_given_up() -> None:
     subject, _ = supervisor("crash")
     with pytest.raises(EngineDiedError, match="status 3"):
-        await asyncio.wait_for(subject.run(), 20)
+        await asyncio.wait_for(subject.run(), 60)
 
 
 async def test_failure_at_a_restart_is_tried_again() -> None:
     subject, ready = supervisor("fake", "missing", "crash", "fake")
     task = asyncio.create_task(subject.run())
-    first = await asyncio.wait_for(ready.get(), 20)
+    first = await asyncio.wait_for(ready.get(), 60)
     os.kill(first.pid, signal.SIGKILL)
-    await asyncio.wait_for(ready.get(), 20)
+    await asyncio.wait_for(ready.get(), 60)
     assert subject.ready
     task.cancel()
     await asyncio.wait({task})
@@ -205,7 +205,7 @@ async def test_what_a_node_is_made_of_says_what_it_is_and_holds() -> None:
     subject, ready = supervisor("fake")
     assert repr(subject) == "<EngineSupervisor starting, 0 restarts>"
     task = asyncio.create_task(subject.run())
-    first = await asyncio.wait_for(ready.get(), 20)
+    first = await asyncio.wait_for(ready.get(), 60)
     assert repr(subject) == f"<EngineSupervisor ready with pid {first.pid}, 0 restarts>"
     task.cancel()
     await asyncio.wait({task})

@@ -26,7 +26,7 @@ from kvstore.tiers.redis_parts import part_key
 OK, MISSING, AWAY = TierOutcome.OK, TierOutcome.MISSING, TierOutcome.UNAVAILABLE
 CALL_S = 20.0
 SHORT_S = 1.0
-RETURN_S = 5.0
+RETURN_S = 30.0
 PART = 100_000
 LIMITS = RedisLimits(part_bytes=PART, group_bytes=1 << 20)
 
@@ -202,10 +202,10 @@ async def test_a_node_that_stands_still_costs_its_deadline_a_few_times_and_then_
         nodes.servers[2].freeze()
         try:
             for _ in range(3):
-                assert await load(tier, *ours, *theirs, timeout_s=0.2) == [OK, OK, AWAY, AWAY]
+                assert await load(tier, *ours, *theirs, timeout_s=SHORT_S) == [OK, OK, AWAY, AWAY]
             began = time.monotonic()
-            assert await load(tier, *ours, *theirs, timeout_s=CALL_S) == [OK, OK, AWAY, AWAY]
-            assert time.monotonic() - began < CALL_S / 2
+            assert await load(tier, *ours, *theirs, timeout_s=3 * CALL_S) == [OK, OK, AWAY, AWAY]
+            assert time.monotonic() - began < CALL_S
         finally:
             nodes.servers[2].thaw()
         nodes.settle()

@@ -223,21 +223,21 @@ async def test_a_taken_port_is_said_and_the_process_ends():
     holder = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
     port = holder.sockets[0].getsockname()[1]
     process = await run_server(f"metadata_server.port={port}")
-    _, stderr = await asyncio.wait_for(process.communicate(), 20)
+    _, stderr = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 2 and f"127.0.0.1:{port} is in use".encode() in stderr
     holder.close()
 
 
 async def test_a_wrong_setting_is_said_and_a_signal_ends_it_in_order():
     process = await run_server("metadata_server.prot=1")
-    _, stderr = await asyncio.wait_for(process.communicate(), 20)
+    _, stderr = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 2 and b"prot" in stderr
     free = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
     port = free.sockets[0].getsockname()[1]
     free.close()
     await free.wait_closed()
     process = await run_server(f"metadata_server.port={port}")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while b" ready " not in await process.stderr.readline():
             pass
         async with aiohttp.ClientSession() as session:  # an open stream does not hold it up

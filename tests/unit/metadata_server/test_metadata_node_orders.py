@@ -232,7 +232,7 @@ async def test_a_removal_that_ended_as_the_node_joined_anew_leaves_no_record():
     await server.client.order_node(NodeOrderRequest(node_id="a", action="remove", incarnation=1))
     server.core.state.register(registration("a", incarnation=2), clock.now())
     sweeping = asyncio.ensure_future(server.core.orders.run())
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(60):
         async for _ in records.watch(PREFIX):
             if not (await records.listing(PREFIX)).records:
                 break

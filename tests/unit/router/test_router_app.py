@@ -374,7 +374,7 @@ async def test_a_client_that_reads_no_more_frees_every_node(stream: bool) -> Non
             await asyncio.Future()
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await rig.app(scope, receive, send)  # type: ignore[operator]
     assert sent == ["http.response.start", "http.response.body"]
     await until(lambda: not any(node.running for node in rig.nodes.nodes))

@@ -99,7 +99,7 @@ async def test_the_end_of_a_handoff_that_overtakes_its_leg_is_said_again() -> No
     for node in rig.nodes.nodes:
         node.prefill_error = NodeUnavailableError("killed")
         node.wait_for_handoff, node.deaf_to_handoffs = True, 2
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert (await tokens_of(open_run(rig)))[0] == expected(PROMPT, 8)
 
 
@@ -164,7 +164,7 @@ async def test_a_decoder_that_breaks_the_protocol_is_an_error_not_a_hang(script:
     for node in rig.nodes.nodes:
         node.script = script
     with pytest.raises((EngineError, NodeUnavailableError)):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await tokens_of(open_run(rig, max_tokens=16))
     assert rig.log.failed == 1
     await assert_quiet(rig)

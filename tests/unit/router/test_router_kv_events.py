@@ -149,7 +149,7 @@ class Publisher:
 
 
 async def until(told: ToldPrefixes, count: int | None) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while found(told).get("a") != count or told.is_whole("a") != (count is not None):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 

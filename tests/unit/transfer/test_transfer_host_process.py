@@ -64,7 +64,7 @@ async def test_a_killed_process_is_started_again_and_the_segment_keeps_what_lies
             os.kill(serving, signal.SIGKILL)
             (error,) = await engine.write([TransferOp(before, 0, [memoryview(b"lost?")])], 10)
             assert error is not None
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await changed.wait()
             changed.clear()
             back = bytearray(4)
@@ -114,7 +114,7 @@ async def test_a_secret_is_changed_and_no_transfer_fails(kind: str) -> None:
         reading = asyncio.create_task(read_on())
         first, serving = segment_of(memory, hosts, kind), children(os.getpid())
         now.append((new, old))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await resealed.wait()
         both = segment_of(memory, hosts, kind)
         assert both.addresses[kind] != first.addresses[kind] and children(os.getpid()) == serving
@@ -154,13 +154,13 @@ async def test_the_node_counts_whom_its_process_refuses_also_once_another_one_se
             stranger = build_transfer(transport_config(kind), host_identity())
             op = TransferOp(msgspec.structs.replace(told, addresses=claim), 0, [memoryview(bytearray(4))])
             assert (await stranger.read([op], 1.0))[0] is not None
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while hosts.refused.get((kind, "proof"), 0) <= expected:  # noqa: ASYNC110 - another process tells
                     await asyncio.sleep(0.01)
             expected = hosts.refused[kind, "proof"]
             await stranger.aclose()
             os.kill(children(os.getpid())[0], signal.SIGKILL)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await changed.wait()
             changed.clear()
         await hosts.aclose()

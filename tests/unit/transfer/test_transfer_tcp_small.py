@@ -141,7 +141,7 @@ async def test_closing_ends_a_small_batch_under_way_before_it_returns() -> None:
         task = asyncio.create_task(transfer.read([read(segment, 16)], 10))
         await asyncio.sleep(0)
         await transfer.aclose()
-        (error,) = await asyncio.wait_for(task, 1)
+        (error,) = await asyncio.wait_for(task, 60)
         assert isinstance(error, PeerUnreachableError)
         assert isinstance((await transfer.read([read(segment, 16)], 5))[0], PeerUnreachableError)
 
