@@ -114,7 +114,11 @@ def configure_logging(process_name: str, level: str = "info") -> None:
     handler.setFormatter(_Formatter(line, "%Y-%m-%dT%H:%M:%S"))
     logging.getLogger().handlers[:] = [handler]
     set_log_level(level)
-    # What no line shows need not be found out for each (logging's own documentation, "Optimization").
+
+
+def say_nothing_of_origins() -> None:
+    """What no line of ours shows need not be found out for each (logging's own documentation, "Optimization"). Only for
+    a process that has no loggers of others: vLLM's lines name the process and the place, or end as a traceback."""
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 

@@ -22,7 +22,7 @@ from kvcore.errors import ConfigError
 from kvcore.process.child import kill_all_children
 from kvcore.process.descriptors import raise_limit
 from kvcore.process.state_dump import Describe, dump_on_signal
-from kvcore.telemetry import configure_logging, log_fields
+from kvcore.telemetry import configure_logging, log_fields, say_nothing_of_origins
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -81,6 +81,7 @@ def run_process(name: str, main: Main, *, log_level: str = "info") -> int:
     `lifecycle.stopping`, draining, and returning.
     """
     configure_logging(name, log_level)
+    say_nothing_of_origins()
     raise_limit()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # survives every exec
     try:

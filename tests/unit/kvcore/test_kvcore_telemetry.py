@@ -1,6 +1,8 @@
 import asyncio
 import io
 import logging
+import os
+import re
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -47,6 +49,18 @@ def test_logs_go_to_stderr_with_the_process_name(root_logger, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert " INFO prefill-0 kvnode ready port=8000\n" in err
+
+
+def test_loggers_of_others_can_say_where_a_line_comes_from(root_logger):
+    """As vLLM's formatter does in an engine's process: each of its lines was a traceback."""
+    others, stream = logging.getLogger("others"), io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(processName)s %(process)d %(threadName)s [%(filename)s:%(lineno)d]"))
+    others.addHandler(handler)
+    configure_logging("engine")
+    others.info("up")
+    others.removeHandler(handler)
+    assert re.fullmatch(rf"\S+ {os.getpid()} \S+ \[test_kvcore_telemetry\.py:\d+]\n", stream.getvalue())
 
 
 class Pipe(io.StringIO):
