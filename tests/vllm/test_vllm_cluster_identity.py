@@ -77,13 +77,16 @@ async def test_eight_alike_at_once_are_computed_once_and_handed_over_once(
 
 
 async def test_more_at_once_than_the_kv_memory_holds(subject: ClusterHandle, single: References) -> None:
-    """Twice: prefills come one after the other, but once all is in the store they all generate at once."""
+    """Asked again until a decoder has so many at once: prefills come one after the other, and how those whose KV is in
+    the store fall together nobody knows."""
     questions = await asyncio.to_thread(Questions, single, PREEMPTED, LONGER)
     before = await preemptions(subject)
-    for _ in range(2):
+    for _ in range(10):
         answers = await asyncio.gather(*(questions.ask(subject, prompt) for prompt in PREEMPTED))
         assert all(answer.finish_reason == "length" for answer in answers)
-    assert await preemptions(subject) > before, "nobody was preempted: the test shows nothing"
+        if await preemptions(subject) > before:
+            return
+    raise AssertionError("nobody was preempted: the test shows nothing")
 
 
 async def test_another_node_has_what_one_has_computed(subject: ClusterHandle, questions: Questions) -> None:
