@@ -58,6 +58,14 @@ ROUTER_TTFT = _seconds("router_ttft_seconds", "From the request's arrival to its
 ROUTER_REQUEST_SECONDS = _seconds("router_request_seconds", "From the request's arrival to its end")
 ROUTER_PROMPT_TOKENS = _counter("router_prompt_tokens_total", "Prompt tokens of answered requests")
 ROUTER_CACHED_TOKENS = _counter("router_cached_tokens_total", "Prompt tokens that no node had to compute")
+ROUTER_APPROXIMATE_TOKENS = _counter(
+    "router_approximate_tokens_total", "Prompt tokens reused of documents that were computed elsewhere"
+)
+ROUTER_DOCUMENTS = _counter(
+    "router_document_prompts_total",
+    "Prompts that name documents, by how they are named and whether nodes may reuse them or compute them",
+    *("named_by", "use"),
+)
 ROUTER_COMPLETION_TOKENS = _counter("router_completion_tokens_total", "Tokens sent to clients")
 ROUTER_RETRIES = _counter("router_retries_total", "Legs tried again, by leg and the code of the failure", "leg", "code")
 ROUTER_SUSPECTED = _counter(

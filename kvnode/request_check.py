@@ -11,7 +11,7 @@ import msgspec
 from kvcore.chunk_keys import split_adapter
 from kvcore.errors import InvalidRequestError, ModelChangedError
 from kvnode.limits import NodeLimits
-from nodeapi.documents import CompareRequest
+from nodeapi.documents import MAX_DOCUMENTS, CompareRequest
 from nodeapi.messages import EngineInfo, GenerateRequest, PrefillRequest
 from nodeapi.sampling import SamplingParams
 
@@ -21,7 +21,6 @@ MAX_SALT_BYTES = 4096 + 64
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 128
 MAX_COMPARED = 64
-MAX_DOCUMENTS = 1024
 
 _Request = TypeVar("_Request", PrefillRequest, GenerateRequest, CompareRequest)
 

@@ -8,6 +8,8 @@ import msgspec
 
 DOCUMENTS = 3
 """The version of the nodes' API since which requests may have documents."""
+MAX_DOCUMENTS = 1024
+"""Of one request."""
 UNKNOWN = "it is of a version that knows no documents"
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from kvcore.chunk_keys import adapted_salt
+from kvcore.config.kv.settings import BlendConfig
 from kvcore.errors import (
     ContextLengthError,
     InvalidRequestError,
@@ -19,6 +20,9 @@ from nodeapi.grammars.grammar import Grammar
 from router.adapters import AdapterNames
 from router.admission.gate import Admission
 from router.client_answer import AnswerLimits, ClientAnswer
+from router.documents.gate import DocumentGate
+from router.documents.named import PromptTokens
+from router.documents.reading import PromptReader
 from router.nodes.cluster import Cluster
 from router.requests.dispatch import Dispatcher
 from router.requests.run import RequestRun
@@ -35,7 +39,7 @@ def _num_chars(prompt: Prompt) -> int:
     if isinstance(prompt, TokenPrompt):
         return 0
     if isinstance(prompt, TextPrompt):
-        return len(prompt.text)
+        return len(prompt.text) + sum(map(len, prompt.documents))
     count = 0
     rest: list[object] = [prompt.messages, prompt.tools, prompt.documents, prompt.template_values]
     while rest:
@@ -65,14 +69,19 @@ class Answerer:
         aliases: Sequence[str] = (),
         adapters: Mapping[str, str] = {},
         grammars: GrammarChecks | None = None,
+        blend: BlendConfig = BlendConfig(),
+        gate: DocumentGate | None = None,
     ) -> None:
-        """`adapters`: the cluster file's, by their names."""
+        """`adapters`: the cluster file's, by their names. `gate`: by which documents are reused; None: that of `blend`
+        alone."""
         self.model, self.names = model, (model, *aliases)
         self.adapters = AdapterNames(cluster, adapters)
         self.tokenizer = tokenizer
         self._dispatcher = dispatcher
         self._cluster = cluster
         self._run = run
+        self._reader = PromptReader(tokenizer, blend.separator)
+        self._gate = gate or DocumentGate(blend)
         self._grammars = grammars or GrammarChecks(None)
         self._limits = limits
         self._admission = admission
@@ -109,9 +118,14 @@ class Answerer:
         await self._grammars.check(grammar, param)
 
     async def encode(self, prompts: Sequence[Prompt], whose: str = "") -> list[list[int]]:
-        """The tokens of each prompt. `whose`: what others have asked makes it no faster. Raises InvalidRequestError
-        where the chat template refuses the messages, and OverloadedError."""
-        num_chars, limits, tokens = sum(map(_num_chars, prompts)), self._limits, partial(self._tokens, whose=whose)
+        """As `read`, the tokens alone."""
+        return [one.token_ids for one in await self.read(prompts, whose)]
+
+    async def read(self, prompts: Sequence[Prompt], whose: str = "") -> list[PromptTokens]:
+        """The tokens of each prompt, and where its documents stand. `whose`: what others have asked makes it no faster.
+        Raises InvalidRequestError where the chat template refuses the messages, and OverloadedError."""
+        num_chars, limits = sum(map(_num_chars, prompts)), self._limits
+        tokens = partial(self._reader.tokens, whose=whose)
         if num_chars <= limits.inline_chars:
             return [tokens(prompt) for prompt in prompts]
         if self._waiting_chars and self._waiting_chars + num_chars > limits.max_waiting_chars:
@@ -119,7 +133,7 @@ class Answerer:
         self._waiting_chars += num_chars
         try:
             return [
-                prompt.token_ids if isinstance(prompt, TokenPrompt) else await self._run(partial(tokens, prompt))
+                tokens(prompt) if isinstance(prompt, TokenPrompt) else await self._run(partial(tokens, prompt))
                 for prompt in prompts
             ]
         finally:
@@ -135,13 +149,14 @@ class Answerer:
     async def prompt_text(self, prompt: Prompt) -> str:
         """What the chat template makes. Raises InvalidRequestError."""
         assert isinstance(prompt, ChatPrompt), "only chats show it"
-        render = partial(self.tokenizer.render_chat, prompt)
+        render = partial(self._reader.text, prompt)
         return render() if _num_chars(prompt) <= self._limits.inline_chars else await self._run(render)
 
     async def admit(self, request: AnswerRequest) -> ClientAnswer:
         """As `start`, when its turn has come. Raises RateLimitError too, where its first token would come too late."""
         if self._admission is None:  # whoever comes gets in
             return self.start(request)
+        request = self._gated(request)
         self._check(request)
         return await self._admission.admit(request, partial(self._open, request))
 
@@ -150,6 +165,7 @@ class Answerer:
 
         Raises NodeUnavailableError, InvalidRequestError, ContextLengthError, OverloadedError: of none is anything left.
         """
+        request = self._gated(request)
         self._check(request)
         return self._open(request)
 
@@ -177,11 +193,12 @@ class Answerer:
             raise
         return ClientAnswer(self.tokenizer, runs, request, self._limits)
 
-    def _tokens(self, prompt: Prompt, whose: str) -> list[int]:
-        if isinstance(prompt, TokenPrompt):
-            return prompt.token_ids
-        text = self.tokenizer.render_chat(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
-        return self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens, whose=whose)
+    def _gated(self, request: AnswerRequest) -> AnswerRequest:
+        """Its documents are reused if that is allowed now."""
+        if all(spec.documents is None for spec in request.specs):
+            return request
+        specs = [self._gate.passed(self.model, spec) for spec in request.specs]
+        return replace(request, specs=specs)
 
     def _check_fit(self, spec: RequestSpec, max_context: int, request: AnswerRequest) -> None:
         prompt, sampling, names = spec.prompt_token_ids, spec.sampling, request.names

@@ -178,6 +178,14 @@ class ClientAnswer:
         """Over all prompts; final once `pieces` has ended."""
         return sum(run.machine.cached_tokens for run in self._runs)
 
+    @property
+    def approximate_tokens(self) -> int | None:
+        """Over all prompts, as far as it is known, which it is with the first piece of each. None: none names
+        documents."""
+        if all(spec.documents is None for spec in self._specs):
+            return None
+        return sum(run.approximate_tokens for run in self._runs)
+
     def close(self) -> None:
         """Runs that have not begun never will."""
         for run in self._runs:

@@ -27,6 +27,8 @@ class RouterMetrics:
         self._seconds = metrics.histogram(names.ROUTER_REQUEST_SECONDS)
         self._prompt_tokens = metrics.counter(names.ROUTER_PROMPT_TOKENS)
         self._cached_tokens = metrics.counter(names.ROUTER_CACHED_TOKENS)
+        self._approximate_tokens = metrics.counter(names.ROUTER_APPROXIMATE_TOKENS)
+        self._documents = metrics.counter(names.ROUTER_DOCUMENTS)
         self._completion_tokens = metrics.counter(names.ROUTER_COMPLETION_TOKENS)
         self._retries = metrics.counter(names.ROUTER_RETRIES)
         self._routes = metrics.counter(names.ROUTER_ROUTES)
@@ -63,6 +65,8 @@ class RouterMetrics:
         self._completion_tokens.inc(record.completion_tokens)
         if record.route is not None:
             self._routes.labels(record.route.reason.partition(":")[0]).inc()
+        if (named := record.documents) is not None:
+            self._documents.labels(named.named_by, "compute" if named.why_computed else "reuse").inc()
         self._in_need.inc(record.in_need)
         for leg, code in record.retried_legs:
             self._retries.labels(leg, code).inc()
@@ -75,6 +79,7 @@ class RouterMetrics:
         if record.state == "ok":
             self._prompt_tokens.inc(record.prompt_tokens)
             self._cached_tokens.inc(record.cached_tokens)
+            self._approximate_tokens.inc(record.approximate_tokens)
         if record.state == "cancelled":
             self._cancelled.inc()
         if record.state == "failed":

@@ -209,6 +209,7 @@ def _answerer(
         run=threads.run,
         admission=admission,
         grammars=lifecycle.stack.enter_context(closing(open_checks(config, tokenizer))),
+        blend=config.kv.blend,
     )
 
 

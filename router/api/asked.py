@@ -77,13 +77,13 @@ class AnswerStart:
         if form is not None:
             await answerer.check_grammar(form.grammar, form.param)
         given = await beside_if_large(asked.num_bytes, partial(prompts_of, body, self._limits))
-        prompts = await answerer.encode(given, caller.apart(body.cache_salt))
+        prompts = await answerer.read(given, caller.apart(body.cache_salt))
         shows_prompt = isinstance(body, ChatRequest) and body.return_prompt_text
         if self._no_node is not None:
-            await self._no_node.until_up(prompts, tell)
+            await self._no_node.until_up([one.token_ids for one in prompts], tell)
         wanted = answer_request(
             body,
-            prompts,
+            [one.token_ids for one in prompts],
             max_context=answerer.max_context,
             habits=self._habits,
             request_id=request_id,
@@ -93,6 +93,7 @@ class AnswerStart:
             form=form,
             bad_words=await answerer.bad_words(bad_words_of(body, self._limits), self._limits.max_bad_words),
             prompt_text=await answerer.prompt_text(given[0]) if shows_prompt else None,
+            documents=[one.documents for one in prompts],
         )
         wanted = answerer.adapted(with_first_token(wanted, scope), body.model)
         with caller.owns(wanted) as owned:

@@ -10,7 +10,7 @@ from router.api.http_errors import error_reply
 from router.api.responses import JsonReply
 
 _LOOPBACK = re.compile(r"https?://(localhost|[\w-]+\.localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
-_EXPOSED = b"X-Request-Id, Retry-After"
+_EXPOSED = b"X-Request-Id, Retry-After, X-KVFerry-Approximate"
 _MAX_AGE = b"600"
 
 

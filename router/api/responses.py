@@ -23,6 +23,7 @@ from router.api.formats.formatter import Formatter
 from router.api.http_errors import headers_for, reply_of
 from router.client_answer import ClientAnswer, TextPiece
 
+APPROXIMATE = b"x-kvferry-approximate"
 _log = logging.getLogger("router")
 _now = SystemClock().now
 _JSON = [(b"content-type", b"application/json")]
@@ -119,6 +120,7 @@ class AnswerResponse(Response):
         self._stream = stream
         self._send_timeout_s = send_timeout_s
         self._failed = failed
+        self._made: ClientAnswer | None = None
         self._begun = False
         """The head of a stream is out."""
 
@@ -152,6 +154,7 @@ class AnswerResponse(Response):
         turns = Turns()
         try:
             answer, formatter = await self._start(partial(self._tell, send))
+            self._made = answer
             if self._stream:
                 writing = None if exchange is None else _Writing(formatter, exchange)
                 async with aclosing(answer.pieces(writing)) as pieces:
@@ -172,7 +175,7 @@ class AnswerResponse(Response):
             _log.exception("request_failed")
             await self._refuse(EngineError("internal error"), send)
             return
-        await _send_whole(send, 200, _JSON, body)
+        await _send_whole(send, 200, [*_JSON, *_approximate(answer)], body)
 
     async def _refuse(self, error: KVFerryError, send: Send) -> None:
         if self._begun:  # it had waited
@@ -227,7 +230,13 @@ class AnswerResponse(Response):
     async def _begin(self, send: Send) -> None:
         if not self._begun:
             self._begun = True
-            await send({"type": "http.response.start", "status": 200, "headers": list(_SSE)})
+            await send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *_approximate(self._made)]})
+
+
+def _approximate(answer: ClientAnswer | None) -> list[tuple[bytes, bytes]]:
+    """The header that says whether an answer to a prompt that names documents is approximate, as far as it is known."""
+    tokens = answer.approximate_tokens if answer is not None else None
+    return [] if tokens is None else [(APPROXIMATE, b"true" if tokens else b"false")]
 
 
 def failed_event(error: KVFerryError) -> bytes:

@@ -106,7 +106,8 @@ class CacheWatch:
         prefixes = self._hasher.prefixes(tokens, spec.fingerprint + asked.cache_salt)
         known = min(self._known.known_tokens(prefixes), num_tokens - 1)
         self._known.add(prefixes.hashes)
-        if asked.sampling.prompt_logprobs is not None:  # it read no cache, whatever lay there
+        if asked.sampling.prompt_logprobs is not None or record.approximate_tokens:
+            # it read no cache, whatever lay there; or its prefix is not what others of these tokens have
             self._windows.add(counts, now)
             return
         self.trace.add(prefixes.steps, num_tokens, now)

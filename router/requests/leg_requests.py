@@ -2,6 +2,7 @@
 
 import msgspec
 
+from nodeapi.documents import Documents
 from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest
 from router.requests.events import StartDecode, StartPrefill
 from router.requests.spec import RequestSpec
@@ -10,7 +11,11 @@ _SEED_STEP = 0x9E3779B97F4A7C15
 
 
 def prefill_request(
-    spec: RequestSpec, action: StartPrefill, prefer_segment: str | None, deadline_s: float
+    spec: RequestSpec,
+    action: StartPrefill,
+    prefer_segment: str | None,
+    deadline_s: float,
+    documents: Documents | None = None,
 ) -> PrefillRequest:
     """The prefill leg's; its chunks had best go to `prefer_segment`, the decoder's."""
     return PrefillRequest(
@@ -19,11 +24,18 @@ def prefill_request(
         cache_salt=spec.cache_salt,
         prefer_segment=prefer_segment,
         deadline_s=deadline_s,
+        documents=documents,
     )
 
 
 def generate_request(
-    spec: RequestSpec, action: StartDecode, handoff: Handoff | None, deadline_s: float, handoff_params: bytes = b""
+    spec: RequestSpec,
+    action: StartDecode,
+    handoff: Handoff | None,
+    deadline_s: float,
+    *,
+    handoff_params: bytes = b"",
+    documents: Documents | None = None,
 ) -> GenerateRequest:
     """A decode leg's: of the whole request, or of one completion that goes on alone.
 
@@ -45,4 +57,5 @@ def generate_request(
         handoff=handoff,
         handoff_params=handoff_params,
         deadline_s=deadline_s,
+        documents=documents,
     )

@@ -13,7 +13,10 @@ from kvcore.chunk_keys import usable_chunks
 from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError
 from kvcore.step_timeout import StepTimeout
 from kvcore.types import Route
+from nodeapi.documents import Documents
 from nodeapi.messages import EngineInfo, GenerateRequest, Handoff, LegInfo, PrefillResult, TokenDelta
+from router.documents.legs import LegDocuments
+from router.documents.named import why_refused
 from router.nodes.cluster import NodeWork
 from router.nodes.stall_watch import WatchedLeg
 from router.nodes.vllm_requests import mooncake_decode_params
@@ -83,6 +86,9 @@ class RequestLegs:
         self._records = records
         self._drained = drained
         self._started_at = started_at
+        self._documents = LegDocuments(spec.documents, lambda node: why_refused(self._engine(node)))
+        self.approximate_tokens = 0
+        """Of the prompt, the most that a decode leg reused approximately."""
         self._worth_waiting_s = math.inf if worth_waiting_s is None else worth_waiting_s
         self._prefill_tokens = len(spec.prompt_token_ids) - route.expected_cached_tokens
         """What a prefill leg is expected to compute: it counts as load of its node."""
@@ -116,7 +122,11 @@ class RequestLegs:
         leg = LegRecord(id=action.leg, node=action.node, kind=kind, in_need=in_need)
         self._records.append(leg)
         self._watch(action, leg)
-        return self._prefill(action, leg) if isinstance(action, StartPrefill) else self._decode(action, leg)
+        if isinstance(action, StartPrefill):
+            documents, leg.documents_computed = self._documents.of_prefill(action.node, action.decoder)
+            return self._prefill(action, leg, documents)
+        documents, leg.documents_computed = self._documents.of_decode(action.node, waits=action.handoff)
+        return self._decode(action, leg, documents)
 
     def computes_itself(self, leg: str) -> None:
         """Nobody hands this decode leg over what it waited for: its first token has the time that this takes."""
@@ -170,12 +180,12 @@ class RequestLegs:
         if kind in self._chosen:
             self._services.cluster.leg_ended(self._chosen.pop(kind)[1])
 
-    async def _prefill(self, action: StartPrefill, leg: LegRecord) -> None:
+    async def _prefill(self, action: StartPrefill, leg: LegRecord, told: Documents | None) -> None:
         """From its start to PrefillDone or PrefillFailed. Cancelled: nothing is told."""
         services, spec = self._services, self.spec
         timeout_s = min(services.config.prefill_timeout_s, self._remaining_s())
         decoder = services.cluster.nodes.get(action.decoder)
-        request = prefill_request(spec, action, decoder.segment_id if decoder else None, timeout_s)
+        request = prefill_request(spec, action, decoder.segment_id if decoder else None, timeout_s, told)
         ok, failure = False, None
         try:
             result = await services.client.prefill(self.url(action.node), request, timeout_s=timeout_s)
@@ -200,10 +210,10 @@ class RequestLegs:
             node.rates.wrote(result.moved, decoder.machine, services.clock.now())
         self._listener.tell(PrefillDone(action.leg, result))
 
-    async def _decode(self, action: StartDecode, leg: LegRecord) -> None:
+    async def _decode(self, action: StartDecode, leg: LegRecord, told: Documents | None) -> None:
         """From its start to the last delta, or to DecodeFailed. Cancelled: nothing is told."""
         remaining_s = self._remaining_s()
-        request = self._generate_request(action, remaining_s)
+        request = self._generate_request(action, told, remaining_s)
         ok = False
         failure: KVFerryError | None = None
         try:
@@ -235,10 +245,13 @@ class RequestLegs:
         if self._promoted_tokens and not (done.promoted or done.tier_choices):
             self._services.cluster.caches.not_promoted(self.spec.keys)
 
-    def num_chunks(self, decoder: str) -> int:
-        """How many full chunks of the prompt this decoder could be handed; 0 while nothing is known of it."""
+    def num_chunks(self, decoder: str, prefiller: str | None) -> int:
+        """How many chunks this prefiller could hand to this decoder; 0 while nothing is known of it."""
         engine = self._engine(decoder)
-        return usable_chunks(len(self.spec.prompt_token_ids), engine.kv_spec.chunk_tokens) if engine else 0
+        if engine is None or prefiller is None:
+            return 0
+        chunks = self._documents.num_chunks(prefiller, decoder, engine.kv_spec.chunk_tokens)
+        return self._prefix_chunks(decoder, None) if chunks is None else chunks
 
     def url(self, node_id: str) -> str:
         """Where the node is; an address that refuses every call if it is no longer known."""
@@ -252,6 +265,7 @@ class RequestLegs:
 
         def note(info: LegInfo) -> None:
             _note(leg, info)
+            self.approximate_tokens = max(self.approximate_tokens, info.approximate_tokens)
             self._prefilled(action.node, info)
             services.cluster.leg_spoke(self._work[action.leg])
 
@@ -287,12 +301,22 @@ class RequestLegs:
                 node.touch()
         return True
 
-    def _generate_request(self, action: StartDecode, remaining_s: float) -> GenerateRequest:
+    def _generate_request(self, action: StartDecode, told: Documents | None, remaining_s: float) -> GenerateRequest:
         handoff = None
         if action.handoff:
             wait_s = min(self._services.config.prefill_timeout_s, remaining_s, self._worth_waiting_s)
-            handoff = Handoff(num_chunks=self.num_chunks(action.node), wait_s=wait_s)
-        return generate_request(self.spec, action, handoff, remaining_s, self._handoff_params(action.source))
+            chunks = self._prefix_chunks(action.node, told)
+            handoff = Handoff(num_chunks=chunks, wait_s=wait_s)
+        params = self._handoff_params(action.source)
+        return generate_request(self.spec, action, handoff, remaining_s, handoff_params=params, documents=told)
+
+    def _prefix_chunks(self, decoder: str, documents: Documents | None) -> int:
+        """That this decoder waits for by its prompt's own keys. Documents have others, and are all waited for."""
+        if (engine := self._engine(decoder)) is None:
+            return 0
+        size = engine.kv_spec.chunk_tokens
+        whole = usable_chunks(len(self.spec.prompt_token_ids), size)
+        return whole if documents is None else min(whole, documents.header // size)
 
     def _handoff_params(self, source: KVSource | None) -> bytes:
         """What nixl's prefill leg answered; mooncake's decode leg is told of the prefill leg that runs beside it. Empty
@@ -315,3 +339,4 @@ def _note(leg: LegRecord, info: LegInfo) -> None:
     leg.cached_tokens, leg.computed_tokens = info.cached_tokens, info.computed_tokens
     leg.moved, leg.promoted, leg.timings = info.moved, info.promoted, info.timings
     leg.tier_choices = info.tier_choices
+    leg.approximate_tokens, leg.prepared_tokens = info.approximate_tokens or None, info.prepared_tokens or None

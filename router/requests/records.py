@@ -9,6 +9,7 @@ import msgspec
 from kvcore.clock import Clock
 from kvcore.telemetry import log_fields
 from nodeapi.messages import Moved, Promoted, TierChoice, Timings
+from router.documents.named import NamedDocuments
 from router.requests.hints import HintRecord
 from router.requests.spec import RequestSpec
 from router.routing.costs import Way
@@ -27,7 +28,12 @@ class LegRecord(msgspec.Struct, kw_only=True):
     node: str
     kind: str
     cached_tokens: int | None = None
+    approximate_tokens: int | None = None
+    """See `nodeapi.messages.LegInfo`; so with `prepared_tokens`. None: there are none."""
     computed_tokens: int | None = None
+    prepared_tokens: int | None = None
+    documents_computed: str | None = None
+    """Why it was told of no documents, which it computed as other text. None: it was, or there are none."""
     moved: list[Moved] = []
     promoted: list[Promoted] = []
     tier_choices: list[TierChoice] = []
@@ -66,6 +72,32 @@ def route_record(decision: Decision) -> RouteRecord:
     )
 
 
+class DocumentsRecord(msgspec.Struct, kw_only=True, frozen=True):
+    """The documents of a prompt: how they were named, how many, and their tokens. `header_tokens`: they are computed
+    behind so many. `why_computed`: as all other text is, for this reason; empty: nodes were to reuse them."""
+
+    named_by: str
+    count: int
+    tokens: int
+    header_tokens: int
+    k: int
+    why_computed: str = ""
+
+
+def documents_record(named: NamedDocuments | None) -> DocumentsRecord | None:
+    """None: the prompt names none."""
+    if named is None:
+        return None
+    return DocumentsRecord(
+        named_by=named.kind,
+        count=len(named.spans),
+        tokens=named.tokens,
+        header_tokens=named.header,
+        k=named.k,
+        why_computed=named.why,
+    )
+
+
 class RequestRecord(msgspec.Struct, kw_only=True):
     """One request; mutable while `state` is `running`, then `ok`, `failed` or `cancelled`."""
 
@@ -80,7 +112,12 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     state: str = "running"
     prompt_tokens: int
     cached_tokens: int = 0
+    """Reused, and what would have been computed."""
+    approximate_tokens: int = 0
+    """Reused of documents that were computed elsewhere: near to what would have been computed."""
     completion_tokens: int = 0
+    documents: DocumentsRecord | None = None
+    """None: the prompt names none."""
     waited_s: float = 0.0
     """In the router, for its turn (`router.admission`); part of `ttft_s` and `total_s`."""
     ttft_s: float | None = None
@@ -130,6 +167,7 @@ def record_of(spec: RequestSpec, decision: Decision, waited_s: float = 0.0) -> R
         client_request_id=spec.client_request_id,
         tenant=spec.tenant,
         prompt_tokens=len(spec.prompt_token_ids),
+        documents=documents_record(spec.documents),
         waited_s=waited_s,
         route=route_record(decision),
         hints=[HintRecord(name=hint.name, asked=hint.asked, why=hint.note) for hint in spec.hints],
@@ -223,6 +261,7 @@ class RequestLog:
             state=record.state,
             prompt_tokens=record.prompt_tokens,
             cached_tokens=record.cached_tokens,
+            approximate_tokens=record.approximate_tokens or None,
             completion_tokens=record.completion_tokens,
             waited_s=record.waited_s or None,
             ttft_s=record.ttft_s,

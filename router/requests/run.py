@@ -102,7 +102,7 @@ class RequestRun:
             max_tokens=sampling.max_tokens,
             min_tokens=sampling.min_tokens,
             attempts=services.config.attempts,
-            num_chunks=self._legs.num_chunks(route.decoder),
+            num_chunks=self._legs.num_chunks(route.decoder, route.prefiller),
             end_token_ids=ends,
             logprobs=sampling.logprobs is not None,
             scores=PromptScores(spec.prompt_token_ids, sampling.prompt_logprobs),
@@ -122,6 +122,11 @@ class RequestRun:
             f"<RequestRun {record.id} {record.state} {route.prefiller or '-'}>{route.decoder}, legs: {legs}, "
             f"{self.machine.completion_tokens} tokens, {len(self.outputs)} unread>"
         )
+
+    @property
+    def approximate_tokens(self) -> int:
+        """Of the prompt, reused where they are not exact: at most so many in any decode leg so far."""
+        return self._legs.approximate_tokens
 
     def drop(self) -> None:
         """It will not be entered. Nothing comes of this if it was."""
@@ -310,7 +315,7 @@ class RequestRun:
     def _close_record(self) -> None:
         """With the last look at the outputs: until they have been read, a stop string may be found among them."""
         record, machine, end = self.record, self.machine, self.outputs.end
-        record.cached_tokens = machine.cached_tokens
+        record.cached_tokens, record.approximate_tokens = machine.cached_tokens, self.approximate_tokens
         record.completion_tokens = machine.completion_tokens - self.outputs.num_unread_tokens
         record.retries, record.retried_legs = len(machine.retries), machine.retries
         if isinstance(end, Fail):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nodeapi.sampling import SamplingParams
+from router.documents.named import NamedDocuments
 from router.parsing.dialects import Dialect
 from router.requests.hints import CacheHint
 from router.routing.index import KeptKeys
@@ -20,6 +21,8 @@ class TextPrompt:
 
     text: str
     add_special_tokens: bool = True
+    documents: Sequence[str] = ()
+    """Texts that come before it, see `router.documents.writing`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,8 @@ class ChatPrompt:
     """What the model's chat template makes the prompt of."""
 
     messages: Sequence[Mapping[str, object]]
-    """Each has `role` and `content` (a string, a list of text parts or None), and what else the template may read."""
+    """Each has `role` and `content` (a string, a list of text parts or None), and what else the template may read. A
+    part with a true `document` is one."""
     add_generation_prompt: bool = True
     """Whether the prompt ends with what begins the assistant's next message."""
     continue_final_message: bool = False
@@ -151,6 +155,8 @@ class RequestSpec:
     """Of the requests that a router takes at a time: while more are under way this one is refused."""
     session: str = ""
     """What the client names its requests by that belong together. It chooses nodes, nothing else."""
+    documents: NamedDocuments | None = None
+    """That the client names in it. None: it names none."""
     keys: KeptKeys = field(default_factory=dict, init=False, repr=False, compare=False)
     """Of its chunks, once they were looked for. A spec that is made of this one begins without."""
 

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from support.metadata_rigs import DirectTransport
 
 from kvcore.clock import SystemClock
+from kvcore.config.kv.settings import BlendConfig
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig, SimEngineConfig, StoreConfig
 from kvcore.errors import InvalidRequestError, KVFerryError, NodeUnavailableError
 from kvcore.process.asgi import AsgiServer
@@ -27,6 +28,7 @@ from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
 from nodeapi.adapters import ServedAdapter
+from nodeapi.documents import UNKNOWN
 from nodeapi.grammars.compiler import Grammars
 from nodeapi.messages import (
     PROTOCOL,
@@ -154,6 +156,7 @@ class FakeNode:
     protocol: int = PROTOCOL
     lacks: list[str] = field(default_factory=list)
     adapters: list[ServedAdapter] = field(default_factory=list)
+    takes_documents: bool = False
     max_context: int = MAX_CONTEXT
     segment_bytes: int = 1 << 20
     refused: str = ""
@@ -222,6 +225,7 @@ class FakeNode:
                 num_blocks=64,
                 lacks=self.lacks,
                 adapters=self.adapters,
+                refuses_documents="" if self.takes_documents else UNKNOWN,
             ),
             stats=EngineStats(running=self.running, total_blocks=64),
             segments=[
@@ -279,7 +283,11 @@ class FakeNode:
         sampling = request.sampling
         outputs = [list(request.output_token_ids) for _ in range(sampling.n)]
         said = self.kv_spec(self.weights_said).fingerprint if self.weights_said is not None else b""
-        info: LegInfo | None = LegInfo(cached_tokens=self.cached_tokens, computed_tokens=1, fingerprint=said)
+        named = request.documents
+        turned = sum(stop - start - named.k for start, stop in named.spans if start > named.header) if named else 0
+        info: LegInfo | None = LegInfo(
+            cached_tokens=self.cached_tokens, computed_tokens=1, approximate_tokens=turned, fingerprint=said
+        )
         sent = 0
         if sampling.prompt_logprobs is not None:
             for start in range(0, len(request.prompt_token_ids) - 1, 3):
@@ -455,6 +463,7 @@ async def make_rig(
     sampling: SamplingDefaults = SamplingDefaults(),
     guard: Callable[[RequestLog, ASGIApp], ASGIApp] = lambda _, app: app,
     kept: KeptResponses | None = None,
+    blend: BlendConfig = BlendConfig(),
     **router: object,
 ) -> Rig:
     """Probed once. `wait_s`: requests wait so long for a node, two at a time; None: they are refused. `parser`: as
@@ -493,6 +502,7 @@ async def make_rig(
         cluster=cluster,
         run=run,
         admission=admission,
+        blend=blend,
         grammars=GrammarChecks(Grammars((tokenizer or ByteTokenizer(VOCAB)).vocabulary, (), beside=run)),
     )
     watch = CacheWatch(cluster, log, clock, limits=watch_limits)

@@ -18,6 +18,9 @@ class BlendConfig(Section, frozen=True, kw_only=True):
     anew. `off`: documents are computed as all other text is."""
     k: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 8
     """Tokens at a document's beginning that are computed anew."""
+    separator: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] | None = None
+    """What stands between two of them in one text is a document, as with `" # # "`, which other caches have. Documents
+    that are named in other ways need none."""
     max_kl: Annotated[float, msgspec.Meta(gt=0)] = 0.3
     """Mean divergence, in nats, of the first token's distribution from that of the full computation, above which the
     mode goes off by itself."""

@@ -22,7 +22,7 @@ class ChatRequest(CommonFields, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = False
     chat_template_kwargs: dict[str, object] | None = None
-    documents: list[dict[str, object]] | None = None
+    documents: list[str | dict[str, object]] | None = None
     reasoning_effort: Effort | None = None
     add_special_tokens: bool | None = False
     logprobs: bool | None = False
@@ -56,7 +56,9 @@ def chat_prompt(request: ChatRequest, limits: ApiLimits) -> ChatPrompt:
     tools = tools_of(request.tools or ()) or None
     fields = {"add_generation_prompt": asks, "continue_final_message": continues, "tools": tools}
     values = template_values(request.chat_template_kwargs, fields)
-    documents = _documents(values.pop("documents", None)) if request.documents is None else request.documents
+    documents = _documents(values.pop("documents", None))
+    if request.documents is not None:
+        documents = [{"text": one} if isinstance(one, str) else one for one in request.documents]
     if request.reasoning_effort is not None:
         values["reasoning_effort"] = request.reasoning_effort
         values.setdefault("enable_thinking", request.reasoning_effort != "none")

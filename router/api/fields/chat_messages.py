@@ -16,7 +16,8 @@ _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal"
 
 
 class ContentPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of a message, which must be text. What caches are told are hints (`router.api.fields.cache_hints`)."""
+    """A part of a message, which must be text. `document`: it is one (`router.documents`). What caches are told are
+    hints (`router.api.fields.cache_hints`)."""
 
     type: str
     text: str | None = None
@@ -24,6 +25,7 @@ class ContentPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     thinking: str | None = None
     cache_control: object = None
     closed: object = None
+    document: bool | None = None
     prompt_cache_breakpoint: object = None
     file: object = None
     image_url: object = None
@@ -111,7 +113,7 @@ def template_values(given: Mapping[str, object] | None, fields: Mapping[str, obj
     return values
 
 
-def _part(where: str, part: str | ContentPart) -> dict[str, str]:
+def _part(where: str, part: str | ContentPart) -> dict[str, object]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     require(part.type in _TEXTS, where, f"parts of type {part.type!r} are not supported, only text")
@@ -119,4 +121,5 @@ def _part(where: str, part: str | ContentPart) -> dict[str, str]:
         refuse(f"{where}.{name}", getattr(part, name) is not None)
     text: str | None = getattr(part, _TEXTS[part.type])
     require(text is not None, where, f"parts of type {part.type} need a {_TEXTS[part.type]}")
-    return {"type": "text", "text": text or ""}
+    seen: dict[str, object] = {"type": "text", "text": text or ""}
+    return {**seen, "document": True} if part.document else seen

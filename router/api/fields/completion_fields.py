@@ -5,6 +5,7 @@ from typing import cast
 from router.api.fields.checks import MIXED, refuse, require, token_ids
 from router.api.fields.common_fields import CommonFields
 from router.api.limits import ApiLimits
+from router.documents.writing import document_texts
 from router.requests.spec import Prompt, TextPrompt, TokenPrompt
 
 
@@ -15,6 +16,7 @@ class CompletionRequest(CommonFields, frozen=True, kw_only=True):
     logprobs: int | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = True
+    documents: list[str | dict[str, object]] | None = None
 
 
 def completion_prompts(request: CompletionRequest, limits: ApiLimits) -> list[Prompt]:
@@ -22,15 +24,18 @@ def completion_prompts(request: CompletionRequest, limits: ApiLimits) -> list[Pr
     n = 1 if request.n is None else request.n
     refuse("best_of", request.best_of is not None and request.best_of != n)
     prompt, special_tokens = request.prompt, request.add_special_tokens is not False
+    documents = tuple(document_texts(request.documents or ()))
     if isinstance(prompt, str):
-        return [TextPrompt(prompt, special_tokens)]
+        return [TextPrompt(prompt, special_tokens, documents)]
     require(len(prompt) > 0, "prompt", "must not be empty")
+    tokens = not all(isinstance(item, str) for item in prompt)
+    require(not (documents and tokens), "documents", "come before a prompt of text, and this one is of token ids")
     if isinstance(prompt[0], int):
         return [TokenPrompt(token_ids(cast(list[int], prompt)))]
     require(len(prompt) <= limits.max_prompts, "prompt", f"has at most {limits.max_prompts} prompts")
     require(not any(isinstance(item, int) for item in prompt), "prompt", MIXED)
     return [
-        TextPrompt(item, special_tokens) if isinstance(item, str) else TokenPrompt(token_ids(item))
+        TextPrompt(item, special_tokens, documents) if isinstance(item, str) else TokenPrompt(token_ids(item))
         for item in prompt
         if not isinstance(item, int)
     ]

@@ -5,6 +5,8 @@ The names of the fields that are obeyed are in the modules beside this one. A fi
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
 
 from kvcore.chunk_keys import ADAPTER_SALT
 from nodeapi.grammars.grammar import Grammar
@@ -20,6 +22,7 @@ from router.api.fields.structured import AskedGrammar, asked_grammar
 from router.api.fields.tool_choice import must_call, reading_of, tool_grammar
 from router.api.fields.truncation import truncated
 from router.api.limits import ApiLimits
+from router.documents.named import NamedDocuments
 from router.parsing.dialects import Dialect
 from router.requests.spec import (
     AnswerReading,
@@ -37,6 +40,7 @@ from router.text.reasoning_marks import ReasoningMarks
 from router.text.repetition import Repetition
 
 _ANY_CONTEXT = 1 << 31
+_CUT = "the prompt was cut, by truncate_prompt_tokens"
 _NAMES = {"bad_words_token_ids": "bad_words", "extra_args": "vllm_xargs"}
 
 
@@ -60,22 +64,21 @@ def answer_request(
     form: AskedGrammar | None = None,
     bad_words: list[list[int]] | None = None,
     prompt_text: str | None = None,
+    documents: Sequence[NamedDocuments | None] = (),
 ) -> AnswerRequest:
     """All of `request` but its prompts, which are tokens by now: a spec for each, all fields checked. `form`: its
     `grammar_asked_by`, which was checked.
 
     `max_context` None: not known as no node is up; a wrong request is wrong at any time, so the fields are checked all
     the same. `prompt_name`: what the client calls its prompt; None: as the endpoint does. `bad_words`: their tokens.
-    `prompt_text`: that the client wants to see. Raises InvalidRequestError.
+    `prompt_text`: that the client wants to see. `documents`: each prompt's; empty: none. Raises InvalidRequestError.
     """
     stops, salt, reading = _stops(request, limits), _cache_salt(request, limits), _reading(request, habits.dialect)
     hints = hints_of(request, marks_of(request.messages) if isinstance(request, ChatRequest) else ())
-    context = _ANY_CONTEXT if max_context is None else max_context
+    allowed, bans, context = request.allowed_token_ids, bad_words or [], max_context or _ANY_CONTEXT
     longest, named = max_tokens_of(request, 0, DEFAULT_COMPLETION_TOKENS, None)
     room = context - longest
-    allowed, bans = request.allowed_token_ids, bad_words or []
     lists = TokenLists(request.logit_bias, request.stop_token_ids, allowed, limits.max_biases, bans)
-    asks_length = request.max_tokens is not None or request.max_completion_tokens is not None
     flow = (request.user or "")[: limits.max_user_chars]
     specs = [
         RequestSpec(
@@ -95,8 +98,9 @@ def answer_request(
             hints=hints,
             session=session_of(request),
             flow=flow,
+            documents=said if said is None or prompt == whole else replace(said, spans=(), why=_CUT),
         )
-        for number, whole in enumerate(prompts)
+        for number, (whole, said) in enumerate(zip_longest(prompts, documents))
         for prompt in [truncated(whole, request.truncate_prompt_tokens, request.truncation_side, room, context)]
     ]
     check_size(specs, limits)
@@ -109,7 +113,7 @@ def answer_request(
         names=FieldNames(
             prompt=prompt_name or ("messages" if isinstance(request, ChatRequest) else "prompt"),
             others=_NAMES if form is None else {**_NAMES, "grammar": form.field},
-            max_tokens=named if asks_length and prompt_name is None else None,
+            max_tokens=named if _asks_length(request) and prompt_name is None else None,
         ),
         turn=Turn(flow, priority=_priority(request.priority)),
         client_id=_client_id(request_id, request.request_id, limits),
@@ -138,6 +142,10 @@ def _grammar(
     if form.whole or marks is None or not isinstance(request, ChatRequest):
         return form.grammar
     return marks.place(form.grammar, prompt, continues=bool(request.continue_final_message))
+
+
+def _asks_length(request: AnyRequest) -> bool:
+    return request.max_tokens is not None or request.max_completion_tokens is not None
 
 
 def _is_text(prompt: str | list[str | int | list[int]]) -> bool:

@@ -26,9 +26,13 @@ Entry = TypeVar("Entry")
 
 
 class PromptTokensDetails(msgspec.Struct):
-    """`cached_tokens`: prompt tokens that no node computed for this request."""
+    """`cached_tokens`: prompt tokens that no node computed for this request, and that are exact. The others are told of
+    prompts that name documents: `approximate_tokens`, reused of documents that were computed elsewhere, and
+    `computed_tokens`, all the rest of the prompt."""
 
     cached_tokens: int
+    approximate_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    computed_tokens: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Usage(msgspec.Struct):
@@ -43,7 +47,11 @@ class Usage(msgspec.Struct):
 def usage_of(answer: ClientAnswer) -> Usage:
     """Final once the answer's pieces have ended."""
     prompt, completion = answer.prompt_tokens, answer.completion_tokens
-    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(answer.cached_tokens))
+    details, approximate = PromptTokensDetails(answer.cached_tokens), answer.approximate_tokens
+    if approximate is not None:
+        computed = max(0, prompt - details.cached_tokens - approximate)
+        details = PromptTokensDetails(details.cached_tokens, approximate, computed)
+    return Usage(prompt, completion, prompt + completion, details)
 
 
 def sse(body: object) -> bytes:

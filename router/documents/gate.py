@@ -1,0 +1,31 @@
+"""Whether documents may be reused now. What turns it off by itself belongs here; the setting is all there is so far."""
+
+from dataclasses import replace
+
+from kvcore.config.kv.settings import BlendConfig
+from router.documents.named import DocumentKind
+from router.requests.spec import RequestSpec
+
+
+class DocumentGate:
+    """Of one router. Asked once for each prompt that names documents."""
+
+    def __init__(self, config: BlendConfig = BlendConfig()) -> None:
+        self._config = config
+
+    def __repr__(self) -> str:
+        return f"<DocumentGate {self._config.mode}>"
+
+    def why_not(self, model: str, kind: DocumentKind) -> str:
+        """Why documents of this kind are computed as all other text is, for people; empty: they are reused. `model`:
+        its name."""
+        return "" if self._config.mode != "off" else "kv.blend.mode is off"
+
+    def passed(self, model: str, spec: RequestSpec) -> RequestSpec:
+        """The request, whose documents are reused if the gate is open now."""
+        if (named := spec.documents) is None:
+            return spec
+        why = named.why or ("" if named.spans else "none has a token")
+        if not why and spec.sampling.prompt_logprobs is not None:
+            why = "logprobs of the prompt are wanted, which KV does not have"
+        return replace(spec, documents=replace(named, k=self._config.k, why=why or self.why_not(model, named.kind)))
