@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nodeapi.grammars.grammar import stands_before
+
 
 class _Inner(Protocol):
     """vllm.v1.structured_output.backend_types.StructuredOutputGrammar."""
@@ -33,15 +35,12 @@ class FreeText:
     after: tuple[tuple[int, ...], ...] = ()
     opening: tuple[int, ...] = ()
 
-    def start_in(self, tokens: Sequence[int]) -> int | None:
-        """Where in `tokens` the grammar begins; None: not yet."""
+    def start_in(self, tokens: Sequence[int], seen: int = 0) -> int | None:
+        """Where in `tokens` the grammar begins; None: not yet. It is known not to begin in the first `seen`."""
         opening = self.opening[:1]  # a longer one is not told from its first token
         if not self.after or (tokens and opening and tokens[0] != opening[0]):
             return 0
-        for end in range(1, len(tokens) + 1):
-            if any(tuple(tokens[max(0, end - len(marks)) : end]) == marks for marks in self.after):
-                return end
-        return None
+        return next((end for end in range(seen + 1, len(tokens) + 1) if stands_before(tokens, end, self.after)), None)
 
 
 class PlacedGrammar:
@@ -61,7 +60,7 @@ class PlacedGrammar:
         before = len(self._tokens)
         self._tokens += tokens
         if self._start is None:
-            self._start = self._free.start_in(self._tokens)
+            self._start = self._free.start_in(self._tokens, before)
         if self._start is None:
             return True
         rest = self._tokens[max(self._start, before) :]
@@ -69,8 +68,11 @@ class PlacedGrammar:
 
     def validate_tokens(self, tokens: list[int]) -> list[int]:
         """The first of them that follow it; its place stays."""
-        before = len(self._tokens)
-        start = self._start if self._start is not None else self._free.start_in([*self._tokens, *tokens])
+        before, start = len(self._tokens), self._start
+        if start is None:
+            self._tokens += tokens
+            start = self._free.start_in(self._tokens, before)
+            del self._tokens[before:]
         if start is None:
             return tokens
         free = max(0, start - before)
@@ -85,7 +87,7 @@ class PlacedGrammar:
             if inside > 0:
                 self._inner.rollback(inside)
             if self._start > len(self._tokens) or self._opens:
-                self._start = self._free.start_in(self._tokens)
+                self._start = None  # the first place where it could begin is gone
 
     def fill_bitmask(self, bitmask: Any, batch_index: int) -> None:
         """Which tokens may come; int32, a bit for each."""

@@ -1,5 +1,6 @@
 """The grammar that an answer must follow, as nodes are told of it. Values only; what it means is `grammars`'."""
 
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -34,3 +35,8 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     opening: tuple[int, ...] = ()
     """The tokens that begin the reasoning: an answer that begins otherwise follows the grammar at once. Empty: it is
     under way already. Counts beside `after` only."""
+
+
+def stands_before(tokens: Sequence[int], end: int, marks: Iterable[tuple[int, ...]]) -> bool:
+    """Whether `tokens` have one of `marks` right before place `end`."""
+    return any(len(one) <= end and tuple(tokens[end - len(one) : end]) == one for one in marks)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher
 
-from nodeapi.grammars.grammar import Grammar
+from nodeapi.grammars.grammar import Grammar, stands_before
 
 Mask = npt.NDArray[np.bool_]
 
@@ -78,9 +78,7 @@ class GrammarMatcher:
             self._seen += 1
             if self._is_free:
                 # The end of the reasoning may have come: what follows is the grammar's.
-                self._is_free = not any(
-                    tuple(output[max(0, self._seen - len(marks)) : self._seen]) == marks for marks in grammar.after
-                )
+                self._is_free = not stands_before(output, self._seen, grammar.after)
                 continue
             if self._may_open and token == grammar.opening[self._seen - 1]:
                 self._is_free = self._seen == len(grammar.opening)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from nodeapi.grammars.grammar import Grammar
+from nodeapi.grammars.grammar import Grammar, stands_before
 from router.parsing.dialects import Dialect
 from router.text.tokenizer import Tokenizer
 
@@ -31,9 +31,9 @@ class ReasoningMarks:
             closed = max(_last(prompt, marks) for marks in self.closing)
             opened = _last(prompt, self.opening)
             return msgspec.structs.replace(grammar, after=self.closing) if opened > closed else grammar
-        if any(_ends(prompt, end, marks) for marks in self.closing):
+        if stands_before(prompt, end, self.closing):
             return grammar
-        if not self.opening or _ends(prompt, end, self.opening):
+        if not self.opening or stands_before(prompt, end, [self.opening]):
             return msgspec.structs.replace(grammar, after=self.closing)
         return msgspec.structs.replace(grammar, after=self.closing, opening=self.opening)
 
@@ -53,10 +53,6 @@ def reasoning_marks(dialect: Dialect | None, tokenizer: Tokenizer) -> ReasoningM
     if not known:
         return None
     return ReasoningMarks(tuple(ids(closed.rstrip()) for _, closed in known), ids(known[0][0].rstrip()), blanks)
-
-
-def _ends(prompt: Sequence[int], end: int, marks: tuple[int, ...]) -> bool:
-    return len(marks) <= end and tuple(prompt[end - len(marks) : end]) == marks
 
 
 def _last(prompt: Sequence[int], marks: tuple[int, ...]) -> int:
