@@ -35,7 +35,8 @@ from router.api.fields.completion_fields import CompletionRequest
 from router.api.fields.other_fields import HARMLESS, REFUSED
 from router.api.limits import ApiLimits
 from router.api.openai_responses.request import NOT_HAD, ResponsesRequest
-from router.parsing.dialects import DIALECTS
+from router.parsing.argument_forms import json_arguments, numbered_json
+from router.parsing.dialects import DIALECTS, Dialect
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG_PAGE = ROOT / "docs/config.md"
@@ -79,7 +80,16 @@ A histogram has the series `NAME_bucket`, `NAME_sum` and `NAME_count`. What the 
 """
 
 
-_FORMED = ", ".join(f"`{name}`" for name, dialect in DIALECTS.items() if dialect.form is not None)
+def _family(name: str, dialect: Dialect) -> str:
+    form = dialect.form
+    is_raw = form is not None and form.arguments not in (json_arguments, numbered_json)
+    forced = "JSON" if form is None else "its own, or JSON" if is_raw else "its own"
+    strict = "no effect" if form is None or form.before is not None else "held to" + ", or refused" * is_raw
+    marks = [f"`` {text} ``" if "`" in text else f"`{text}`" for text in dialect.in_template]
+    return f"| `{name}` | {' '.join(marks).replace('|', chr(92) + '|')} | {forced} | {strict} |"
+
+
+_FAMILIES = "\n".join(_family(name, dialect) for name, dialect in DIALECTS.items())
 _OPENAI_HEAD = f"""# The OpenAI API's fields
 
 <!-- Made by scripts/write_reference.py from router/api/fields: change it there. -->
@@ -160,17 +170,26 @@ what came of them reach the model.
 
 With `tool_choice` `required` it calls at least one function, with a name that one and once: the answer is held to that,
 and the arguments to the function's `parameters`, unless its `strict` is `false`; `parallel_tool_calls` `false` allows
-one call. Such calls are written in the model's own form ({_FORMED}), else as a list in
-JSON, or with a name as the arguments alone, as vLLM's server has it, so that no dialect is needed. They come before
-`response_format`, and with a name the `finish_reason` is `stop`, as OpenAI has it. With `auto` the calls of models with
-such a form of their own (but `gpt_oss`) are held to the schemas of the functions that are `strict`, unless the answer
-is held to another form; of others `strict` has no effect. Models of `gpt_oss` make one call an answer, and those of
-`kimi_k3` may end before their call.
+one call. Such calls are written in the model's own form where it has one, else as a list in JSON, or with a name as the
+arguments alone, as vLLM's server has it, so that no dialect is needed. They come before `response_format`, and with a
+name the `finish_reason` is `stop`, as OpenAI has it. With `auto` the calls of models with a form of their own are held
+to the schemas of the functions that are `strict`, unless the answer is held to another form. Models of `gpt_oss` make
+one call an answer, and those of `kimi_k3` may end before their call.
 
 How a model writes calls and reasoning is its dialect: the first of these whose marks its chat template has, or what
 `model.parser` of the cluster file names, which may be an object of yours (`package.module:name`, a
 `router.parsing.dialects.Dialect`):
-{", ".join(f"`{name}`" for name in DIALECTS)}.
+
+| dialect | marks in the template | form of calls that must be made | `strict`, with `auto` |
+|---|---|---|---|
+{_FAMILIES}
+
+Where a call has strings without quotes and escapes a schema can say of a string that it is one, or one of several
+(`enum`, `const`), and of an object what its properties are, not `pattern`, `format`, lengths, `minProperties` or
+`anyOf` of objects; with `gemma4` a list has no bounds, and every object has properties with names. A call with other
+arguments that must be made is then JSON; a `strict` function with them is refused by name. So it is where a name that
+is written without quotes has other characters than letters, digits, `_`, `.` and `-`.
+
 With `none` answers are given out as they are written. Of the 469 answers of the conformance suite canitoolcall 0.1.1
 all but 26 are parsed as it has them, however they are cut into pieces; 22 of these were cut off within a call.
 

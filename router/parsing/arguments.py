@@ -21,7 +21,7 @@ class Arguments:
 
     def is_text(self, key: str) -> bool:
         """Whether its value is a string, by what was said of the tool."""
-        return _kinds(self._properties.get(key)) == {"string"}
+        return value_kinds(self._properties.get(key)) == {"string"}
 
     def key(self, key: str) -> str:
         """What stands before a value."""
@@ -30,7 +30,8 @@ class Arguments:
 
     def value(self, key: str, text: str) -> str:
         """A whole value."""
-        if "string" in _kinds(self._properties.get(key)) and text.strip() != "null":
+        kinds = value_kinds(self._properties.get(key))
+        if "string" in kinds and ("null" not in kinds or text.strip() != "null"):
             return json.dumps(text, ensure_ascii=False)
         return as_json(text.strip(), text)
 
@@ -47,7 +48,21 @@ def as_json(text: str, otherwise: str) -> str:
     return text if not isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _kinds(schema: object) -> set[str]:
+def ends_in_string(text: str) -> bool:
+    """Whether it is the beginning of a JSON object or list and breaks off within a string."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def value_kinds(schema: object) -> set[str]:
+    """The types that it names. Empty: it says nothing of them, or not here."""
     if not isinstance(schema, Mapping):
         return set()
     kinds: set[str] = set()
@@ -56,7 +71,7 @@ def _kinds(schema: object) -> set[str]:
     for way in ("anyOf", "oneOf"):
         options = schema.get(way)
         for option in options if isinstance(options, list) else []:
-            kinds |= _kinds(option)
+            kinds |= value_kinds(option)
     options = schema.get("enum")
     if not kinds and isinstance(options, list) and all(isinstance(one, str) for one in options):
         kinds.add("string")

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 from kvcore.errors import ConfigError
 from router.parsing import channels, json_calls, tagged_calls
+from router.parsing.argument_forms import TaggedArguments, gemma_arguments, lines_without, numbered_json
 from router.parsing.call_forms import CallForm
 from router.parsing.events import Content, Event, Parse, Reasoning
 from router.parsing.json_calls import Tools
 from router.parsing.reader import Reader
 
 _THINK = ("<think>", "</think>")
+_MISTRAL_THINKS = (("[THINK]", "[/THINK]"), _THINK)
+_DEEPSEEK_CALLS = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+_QWEN_TEXT = lines_without("</parameter>", "<parameter=", "</function>", then="\n</parameter>")
 
 
 def _text(r: Reader, tools: Tools) -> Parse[None]:
@@ -34,7 +38,8 @@ class Dialect:
     short_ids: bool = False
     """The ids of calls have nine letters and digits."""
     form: CallForm | None = None
-    """How a grammar has its calls made; None: as JSON, in another form than its own."""
+    """How a grammar has its calls made; None: as JSON, in another form than its own, and so with arguments that cannot
+    be held to their schema in its own."""
     trims: bool = True
     """White space around the reasoning is no part of it, nor of the answer."""
     in_template: tuple[str, ...] = ()
@@ -50,7 +55,6 @@ DIALECTS: Mapping[str, Dialect] = {
         form=CallForm(
             ("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>"),
             "",  # an end token is no text: it comes where only the end can
-            trigger="",
             separator=None,
             before=channels.THOUGHTS,
         ),
@@ -72,34 +76,116 @@ DIALECTS: Mapping[str, Dialect] = {
         tagged_calls.gemma,
         (("<|channel>thought\n", "<channel|>"),),
         special=True,
+        form=CallForm(
+            ("<|tool_call>call:", "{"), "<tool_call|>", triggers=("<|tool_call>",), arguments=gemma_arguments
+        ),
         in_template=("<|tool_call>",),
     ),
     "kimi_k2": Dialect(
-        json_calls.kimi, (_THINK,), special=True, trims=False, in_template=("<|tool_calls_section_begin|>",)
+        json_calls.kimi,
+        (_THINK,),
+        special=True,
+        trims=False,
+        form=CallForm(
+            ("<|tool_call_begin|>functions.", ":"),
+            "<|tool_call_end|>",
+            around=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+            arguments=numbered_json,
+        ),
+        in_template=("<|tool_calls_section_begin|>",),
     ),
     "deepseek_v32": Dialect(tagged_calls.dsml, (_THINK,), in_template=("｜DSML｜",)),
-    "deepseek_v3": Dialect(json_calls.deepseek, (_THINK,), in_template=("<｜tool▁calls▁begin｜>",)),
+    "deepseek_v3": Dialect(
+        json_calls.deepseek,
+        (_THINK,),
+        form=CallForm(
+            ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n"),
+            "\n```<｜tool▁call▁end｜>",
+            separator="\n",
+            around=_DEEPSEEK_CALLS,
+        ),
+        in_template=("<｜tool▁calls▁begin｜>", "```json"),
+    ),
+    "deepseek_v31": Dialect(
+        json_calls.deepseek,
+        (_THINK,),
+        form=CallForm(("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"), "<｜tool▁call▁end｜>", around=_DEEPSEEK_CALLS),
+        in_template=("<｜tool▁calls▁begin｜>",),
+    ),
     "mistral": Dialect(
         json_calls.mistral,
-        (("[THINK]", "[/THINK]"), _THINK),
+        _MISTRAL_THINKS,
         special=True,
         short_ids=True,
+        form=CallForm(("[TOOL_CALLS]", "[ARGS]"), "", triggers=("[TOOL_CALLS]",)),
+        in_template=("[TOOL_CALLS]", "[ARGS]"),
+    ),
+    "mistral_v7": Dialect(
+        json_calls.mistral,
+        _MISTRAL_THINKS,
+        special=True,
+        short_ids=True,
+        form=CallForm(
+            ('{"name": "', '", "arguments": '),
+            "}",
+            separator=", ",
+            around=("[TOOL_CALLS]", "]"),
+            gap=r" ?\[",
+            quoted=True,
+        ),
         in_template=("[TOOL_CALLS]",),
     ),
-    "qwen3_xml": Dialect(tagged_calls.qwen_xml, (_THINK,), in_template=("<tool_call>", "<function=")),
-    "glm": Dialect(tagged_calls.glm, (_THINK,), in_template=("<arg_key>",)),
+    "qwen3_xml": Dialect(
+        tagged_calls.qwen_xml,
+        (_THINK,),
+        form=CallForm(
+            ("<tool_call>\n<function=", ">\n"),
+            "</function>\n</tool_call>",
+            triggers=("<tool_call>", "<function="),
+            separator="\n",
+            arguments=TaggedArguments(("<parameter=", ">\n"), "\n</parameter>", "\n", text=_QWEN_TEXT),
+        ),
+        in_template=("<tool_call>", "<function="),
+    ),
+    "glm47": Dialect(
+        tagged_calls.glm,
+        (_THINK,),
+        form=CallForm(
+            ("<tool_call>", ""),
+            "</tool_call>",
+            triggers=("<tool_call>",),
+            arguments=TaggedArguments(("<arg_key>", "</arg_key><arg_value>"), "</arg_value>", ""),
+        ),
+        in_template=("</arg_key><arg_value>",),
+    ),
+    "glm": Dialect(
+        tagged_calls.glm,
+        (_THINK,),
+        form=CallForm(
+            ("<tool_call>", "\n"),
+            "</tool_call>",
+            triggers=("<tool_call>",),
+            separator="\n",
+            arguments=TaggedArguments(("<arg_key>", "</arg_key>\n<arg_value>"), "</arg_value>", "\n"),
+        ),
+        in_template=("<arg_key>",),
+    ),
     "hermes": Dialect(
         json_calls.hermes,
         (_THINK,),
         form=CallForm(
-            ('<tool_call>\n{"name": "', '", "arguments": '), "}\n</tool_call>", trigger="<tool_call>", separator="\n"
+            ('<tool_call>\n{"name": "', '", "arguments": '),
+            "}\n</tool_call>",
+            triggers=("<tool_call>",),
+            separator="\n",
+            quoted=True,
         ),
         in_template=("<tool_call>",),
     ),
     "llama4_pythonic": Dialect(json_calls.pythonic, in_template=("<|python_start|>",)),
     "llama3_json": Dialect(
         json_calls.llama3,
-        form=CallForm(('{"name": "', '", "parameters": '), "}", trigger='{"name": ', separator="; "),
+        form=CallForm(('{"name": "', '", "parameters": '), "}", triggers=('{"name": ',), separator="; ", quoted=True),
         in_template=("<|start_header_id|>", "parameters"),
     ),
     "think": Dialect(thinks=(_THINK,), in_template=("</think>",)),

@@ -6,7 +6,7 @@ Sources: the models' chat templates.
 import json
 import re
 
-from router.parsing.arguments import ATTRIBUTE, Arguments, as_json
+from router.parsing.arguments import ATTRIBUTE, Arguments, as_json, ends_in_string
 from router.parsing.events import CallArguments, CallBegin, CallEnd, Content, Parse
 from router.parsing.json_calls import Tools
 from router.parsing.reader import Reader, read_json
@@ -32,10 +32,19 @@ def _value(r: Reader, arguments: Arguments, key: str, *ends: str) -> Parse[str |
     yield CallArguments(arguments.key(key))
     if arguments.is_text(key):
         return (yield from _text_value(r, *ends))
-    text, marker = yield from r.take_until(*ends)
+    text, marker = yield from _json_up_to(r, *ends)
     if marker is not None:
         yield CallArguments(arguments.value(key, text))
     return marker
+
+
+def _json_up_to(r: Reader, *ends: str) -> Parse[tuple[str, str | None]]:
+    """(a value up to the first of `ends` that is not within a string of its JSON, which one that is)."""
+    text, marker = yield from r.take_until(*ends)
+    while marker is not None and ends_in_string(text):
+        more, again = yield from r.take_until(*ends)
+        text, marker = text + marker + more, again
+    return text, marker
 
 
 def qwen_xml(r: Reader, tools: Tools) -> Parse[None]:
@@ -131,7 +140,7 @@ def _dsml_parameter(r: Reader, arguments: Arguments, end: str) -> Parse[bool]:
     yield CallArguments(arguments.key(said.get("name", "")))
     if said.get("string") != "false":
         return (yield from _text_value(r, end)) is not None
-    text, marker = yield from r.take_until(end)
+    text, marker = yield from _json_up_to(r, end)
     if marker is None:
         return False
     yield CallArguments(as_json(text.strip(), text))

@@ -2,11 +2,20 @@
 
 import pytest
 import xgrammar
+from support.call_texts import written
 
-from router.parsing.call_forms import CallForm, forced_calls, strict_calls
+from router.parsing.call_forms import forced_calls, strict_calls
 from router.parsing.dialects import DIALECTS
 
-CITY = {"type": "object", "properties": {"city": {"enum": ["Zürich", "Rome"]}}, "required": ["city"]}
+CITY = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Zürich", "Rome"]},
+        "days": {"type": "array", "items": {"type": "integer"}},
+        "note": {"type": "string"},
+    },
+    "required": ["city"],
+}
 SCHEMAS = {"get_weather": CITY, "now": {}}
 FORMS = {name: dialect.form for name, dialect in DIALECTS.items() if dialect.form is not None}
 
@@ -18,28 +27,27 @@ def lets(grammar: xgrammar.Grammar, text: str) -> bool:
     return bool(matcher.accept_string(text)) and bool(matcher.accept_token(256))
 
 
-def call(form: CallForm, name: str, arguments: str) -> str:
-    return f"{name.join(form.begin)}{arguments}{form.end}"
-
-
 @pytest.mark.parametrize("name", FORMS)
 def test_calls_in_a_models_own_form(name: str) -> None:
-    form = FORMS[name]
-    rome, now = call(form, "get_weather", '{"city": "Rome"}'), call(form, "now", "{}")
+    form, rome = FORMS[name], ("get_weather", {"city": "Rome", "days": [1, 2], "note": "a <b>\n</c>"})
+    one_call, several = written(name, [rome]), written(name, [rome, ("now", {})])
     forced = xgrammar.Grammar.from_structural_tag(forced_calls(form, SCHEMAS, one=False).text)
     one = xgrammar.Grammar.from_structural_tag(forced_calls(form, SCHEMAS, one=True).text)
-    several = f"{rome}{form.separator or ''}{now}"
-    assert lets(forced, rome) and lets(one, rome) and not lets(one, several)
+    assert lets(forced, one_call) and lets(one, one_call)
     assert lets(forced, several) == (form.separator is not None)
-    for wrong in ("It rains.", rome.replace("Rome", "Paris"), rome.replace("get_weather", "other"), rome[:-1]):
+    assert form.separator is None or not lets(one, several)
+    for wrong in ("It rains.", one_call.replace("Rome", "Paris"), one_call.replace("get_weather", "other")):
         assert not lets(forced, wrong), wrong
+    assert not lets(forced, one_call[:-1])
     if form.before is not None:
         thought = "<|channel|>analysis<|message|>Rome?<|end|><|start|>assistant"
-        assert lets(forced, thought + rome) and not lets(forced, thought)
-    if form.trigger:
-        strict = xgrammar.Grammar.from_structural_tag(strict_calls(form, SCHEMAS).text)
-        assert lets(strict, "It rains.") and lets(strict, f"Look: {rome}")
-        assert not lets(strict, rome.replace("Rome", "Paris"))
+        assert lets(forced, thought + one_call) and not lets(forced, thought)
+        return
+    strict = xgrammar.Grammar.from_structural_tag(strict_calls(form, SCHEMAS, one=False).text)
+    assert lets(strict, "It rains.") and lets(strict, f"Look: {one_call}") and lets(strict, several)
+    assert not lets(strict, one_call.replace("Rome", "Paris"))
+    alone = xgrammar.Grammar.from_structural_tag(strict_calls(form, SCHEMAS, one=True).text)
+    assert lets(alone, f"Look: {one_call}") and not lets(alone, several) and not lets(alone, f"{one_call} It rains.")
 
 
 def test_a_list_of_calls() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from router.api.fields.chat_tools import Tool
 from router.api.fields.checks import require
 from router.api.fields.structured import AskedGrammar
-from router.parsing.call_forms import Schemas, forced_arguments, forced_calls, strict_calls
+from router.parsing.call_forms import CallForm, Schemas, forced_arguments, forced_calls, strict_calls
 from router.parsing.dialects import Dialect
 from router.requests.spec import AnswerReading
 
@@ -37,16 +37,17 @@ def tool_grammar(
         return None
     form, only = (dialect or _PLAIN).form, _only(tools, choice)
     if must_call(choice):
-        chosen = [tool for tool in tools or () if only in ("", tool.function.name)]
-        schemas = {tool.function.name: _schema(tool, unless=False) for tool in chosen}
+        form, schemas = _forced(tools, only, form)
         if only and form is None:
             return AskedGrammar(forced_arguments(schemas[only]), "tools")
         whole = form is not None and form.before is not None
         return AskedGrammar(forced_calls(form, schemas, one=one_call or bool(only)), "tools", whole)
-    if form is None or not form.trigger or not any(tool.function.strict for tool in tools or ()):
+    if form is None or form.before is not None or not any(tool.function.strict for tool in tools or ()):
         return None
-    schemas = {tool.function.name: _schema(tool, unless=None) for tool in tools or ()}
-    return AskedGrammar(strict_calls(form, schemas), "tools")
+    held = {
+        tool.function.name: tool.function.parameters or {} if tool.function.strict else None for tool in tools or ()
+    }
+    return AskedGrammar(strict_calls(form, held, one=one_call), "tools")
 
 
 def reading_of(
@@ -67,7 +68,7 @@ def reading_of(
         return None
     known = dialect or _PLAIN
     schemas: Schemas | None = {tool.function.name: tool.function.parameters or {} for tool in called or ()} or None
-    in_json = forced and known.form is None
+    in_json = forced and _forced(tools, only, known.form)[0] is None
     return AnswerReading(known, schemas, shows_reasoning, one_call, continues, in_json=in_json, only=only)
 
 
@@ -86,7 +87,8 @@ def _named(tools: Sequence[Tool] | None, choice: Mapping[str, object]) -> str:
     return str(name)
 
 
-def _schema(tool: Tool, *, unless: bool | None) -> Mapping[str, object]:
-    """What its arguments must follow: any object where it is not `strict`, or, `unless` None, says nothing of it."""
-    loose = tool.function.strict in (False, unless)
-    return {"type": "object"} if loose else tool.function.parameters or {}
+def _forced(tools: Sequence[Tool] | None, only: str, form: CallForm | None) -> tuple[CallForm | None, Schemas]:
+    """(the form of calls that must be made, None: JSON; what their arguments must follow)."""
+    chosen = [tool.function for tool in tools or () if only in ("", tool.function.name)]
+    schemas = {each.name: {"type": "object"} if each.strict is False else each.parameters or {} for each in chosen}
+    return (form if form is not None and form.can_write(schemas) else None), schemas

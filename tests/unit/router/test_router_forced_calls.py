@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.call_texts import written
 from support.router_fakes import VOCAB, asking
 from support.small_tokenizers import byte_level, saved
 
@@ -35,6 +36,8 @@ IN_JSON = '[{"name": "get_weather", "parameters": {"city": "Rome"}}, {"name": "n
 IN_HARMONY = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Rome"}'
 THOUGHT = "<|channel|>analysis<|message|>Rome?<|end|><|start|>assistant"
 ROME = {"city": "Rome"}
+BOTH = [("get_weather", ROME), ("now", {})]
+IN_OWN = ["mistral", "mistral_v7", "deepseek_v3", "deepseek_v31", "kimi_k2", "qwen3_xml", "glm", "glm47", "gemma4"]
 
 
 def tool(name: str, parameters: dict[str, object] | None, strict: bool | None = None) -> Tool:
@@ -84,10 +87,10 @@ async def lets(grammar: Grammar, text: str) -> str:
         ("gpt_oss", "required", {}, f"{IN_HARMONY}{IN_HARMONY}", "no"),
         ("gpt_oss", NAMED, {}, "<|channel|>final<|message|>It rains.", "no"),
         ("gpt_oss", NAMED, {}, THOUGHT, "begun"),
-        ("glm", "required", {}, IN_JSON, "whole"),
-        ("glm", "required", {}, "[]", "no"),
-        ("glm", "required", {"parallel_tool_calls": False}, IN_JSON, "no"),
-        ("glm", NAMED, {}, '{"city": "Rome"}', "whole"),
+        ("deepseek_v32", "required", {}, IN_JSON, "whole"),
+        ("deepseek_v32", "required", {}, "[]", "no"),
+        ("deepseek_v32", "required", {"parallel_tool_calls": False}, IN_JSON, "no"),
+        ("deepseek_v32", NAMED, {}, '{"city": "Rome"}', "whole"),
         ("none", "required", {}, IN_JSON, "whole"),
         ("none", "required", {}, IN_JSON.replace("get_weather", "other"), "no"),
     ],
@@ -134,15 +137,69 @@ async def test_only_strict_functions_are_held_to_their_schemas_where_none_must_b
     assert await lets(loose, wrong.replace('{"city": "Paris"}', "3")) == "no"
 
 
+CODE = {"type": "object", "properties": {"code": {"type": "string", "pattern": "^[A-Z]{3}$"}}, "required": ["code"]}
+"""What is written as it is cannot be held to a pattern."""
+
+
+@pytest.mark.parametrize("dialect", ["qwen3_xml", "glm", "glm47", "gemma4"])
+async def test_arguments_that_cannot_be_held_to_their_schema_in_the_models_own_form_are_json(dialect: str) -> None:
+    both = [tool("look_up", CODE), tool("now", None)]
+    text = '[{"name": "look_up", "parameters": {"code": "ABC"}}, {"name": "now", "parameters": {}}]'
+    assert await lets(asked(dialect, "required", both), text) == "whole"
+    assert await lets(asked(dialect, "required", both), text.replace("ABC", "abc")) == "no"
+    named = {"type": "function", "function": {"name": "look_up"}}
+    assert await lets(asked(dialect, named, both), '{"code": "ABC"}') == "whole"
+
+
+@pytest.mark.parametrize("dialect", ["qwen3_xml", "glm", "glm47", "gemma4"])
+@pytest.mark.parametrize(
+    ("name", "parameters", "says"),
+    [
+        ("look_up", CODE, "'look_up'.*leave out its strict"),
+        ("look up", CITY, "'look up'.*its name has other characters"),
+        ("f", {"type": "object", "properties": {}, "minProperties": 1}, "'minProperties'"),
+        ("f", {"type": "object", "additionalProperties": {"type": "integer"}}, "without names"),
+        ("f", {"type": "array"}, "another type than object"),
+        ("f", {"type": "object", "properties": {}, "required": ["a"]}, "does not have"),
+        ("f", {"type": "object", "properties": {"a b": {"type": "string"}}}, "'a b' has a name"),
+        ("f", {"type": "object", "properties": {"a": {"$ref": "#/properties/b"}, "b": {}}}, "'#/properties/b'|none of"),
+    ],
+)
+def test_a_strict_function_whose_calls_cannot_be_held_to_its_schema_is_refused_by_name(
+    dialect: str, name: str, parameters: dict[str, object], says: str
+) -> None:
+    assert asked(dialect, "auto", [tool(name, parameters)]) is None
+    with pytest.raises(InvalidRequestError, match=says) as raised:
+        asked(dialect, "auto", [tool(name, parameters, True)])
+    assert raised.value.param == "tools"
+
+
+async def test_beside_a_strict_function_the_arguments_of_others_are_free() -> None:
+    for dialect, text in (
+        ("gemma4", '<|tool_call>call:other{it:<|"|>rains<|"|>}<tool_call|>'),
+        ("qwen3_xml", "<tool_call>\n<function=other>\n<parameter=it>\nrains\n</parameter>\n</function>\n</tool_call>"),
+    ):
+        strict = asked(dialect, "auto", [tool("get_weather", CITY, True), tool("other", CODE)])
+        assert await lets(strict, f"Look: {text}") == "whole"
+
+
+@pytest.mark.parametrize("dialect", ["hermes", "kimi_k2"])
+async def test_where_one_call_may_be_made_a_strict_form_ends_behind_it(dialect: str) -> None:
+    strict = asked(dialect, "auto", [tool("get_weather", CITY, True)], parallel_tool_calls=False)
+    call = written(dialect, [("get_weather", ROME)])
+    assert await lets(strict, f"Look: {call}") == await lets(strict, "It rains.") == "whole"
+    assert await lets(strict, f"{call}{call}") == await lets(strict, f"{call} It rains.") == "no"
+
+
 async def test_definitions_of_several_functions_are_the_lists() -> None:
     def of(city: object) -> dict[str, object]:
         return {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}, "$defs": {"City": city}}
 
     both = [tool("get_weather", of({"enum": ["Rome"]})), tool("now", of({"enum": ["Rome"]}))]
-    assert await lets(asked("glm", "required", both), IN_JSON) == "whole"
-    assert await lets(asked("glm", "required", both), IN_JSON.replace("Rome", "Paris")) == "no"
+    assert await lets(asked("deepseek_v32", "required", both), IN_JSON) == "whole"
+    assert await lets(asked("deepseek_v32", "required", both), IN_JSON.replace("Rome", "Paris")) == "no"
     with pytest.raises(InvalidRequestError, match="City"):
-        asked("glm", "required", [*both, tool("other", of({"enum": ["Paris"]}))])
+        asked("deepseek_v32", "required", [*both, tool("other", of({"enum": ["Paris"]}))])
 
 
 @pytest.mark.parametrize(
@@ -150,10 +207,20 @@ async def test_definitions_of_several_functions_are_the_lists() -> None:
     [
         ("hermes", "required", f"{IN_HERMES}\n{NOW}", [("get_weather", ROME), ("now", {})], "tool_calls"),
         ("hermes", NAMED, f"<think>\nRome?\n</think>\n\n{IN_HERMES}", [("get_weather", ROME)], "stop"),
-        ("glm", "required", f"<think>Rome?</think>{IN_JSON}", [("get_weather", ROME), ("now", {})], "tool_calls"),
-        ("glm", NAMED, '{"city": "Rome"}', [("get_weather", ROME)], "stop"),
+        (
+            "deepseek_v32",
+            "required",
+            f"<think>Rome?</think>{IN_JSON}",
+            [("get_weather", ROME), ("now", {})],
+            "tool_calls",
+        ),
+        ("deepseek_v32", NAMED, '{"city": "Rome"}', [("get_weather", ROME)], "stop"),
         ("none", "required", IN_JSON, [("get_weather", ROME), ("now", {})], "tool_calls"),
         ("gpt_oss", NAMED, THOUGHT + IN_HARMONY, [("get_weather", ROME)], "stop"),
+        *[
+            (name, "required", written(name, [("get_weather", ROME), ("now", {})]), BOTH, "tool_calls")
+            for name in IN_OWN
+        ],
         ("kimi_k3", NAMED, '<|open|>response<|sep|>{"city": "Rome"}', [("get_weather", ROME)], "stop"),
     ],
 )
@@ -217,8 +284,8 @@ async def test_a_choice_that_cannot_be_is_named(fields: dict[str, Any]) -> None:
 
 async def test_what_must_be_called_comes_before_another_form() -> None:
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [1]}}}
-    assert asked("glm", "required", response_format=form).text.startswith('{"type": "array"')
-    assert asked("glm", "auto", response_format=form) == Grammar(kind=GrammarKind.JSON, text='{"enum": [1]}')
+    assert asked("deepseek_v32", "required", response_format=form).text.startswith('{"type": "array"')
+    assert asked("deepseek_v32", "auto", response_format=form) == Grammar(kind=GrammarKind.JSON, text='{"enum": [1]}')
 
 
 async def test_other_surfaces_have_calls_made_too() -> None:

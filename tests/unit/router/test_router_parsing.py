@@ -59,11 +59,22 @@ ANSWERS = {
         '{"text": "x </tool_call> \\"y\\""}',
         ("Well.", "", [ADD, SAY]),
     ),
+    "mistral_v7": (
+        'Well.[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1.5, "b": 2}}, '
+        '{"name": "say", "arguments": {"text": "x </tool_call> \\"y\\""}}]',
+        ("Well.", "", [ADD, SAY]),
+    ),
     "deepseek_v3": (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n"
         '{"a": 1.5, "b": 2}\n```<｜tool▁call▁end｜><｜tool▁call▁begin｜>say<｜tool▁sep｜>'
         '{"text": "x </tool_call> \\"y\\""}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
         ("", "", [ADD, SAY]),
+    ),
+    "deepseek_v31": (
+        "Well.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>"
+        '{"a": 1.5, "b": 2}<｜tool▁call▁end｜><｜tool▁call▁begin｜>say<｜tool▁sep｜>'
+        '{"text": "x </tool_call> \\"y\\""}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        ("Well.", "", [ADD, SAY]),
     ),
     "deepseek_v32": (
         'Well.\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="add">\n<｜DSML｜parameter name="a" string="false">'
@@ -101,6 +112,12 @@ ANSWERS = {
         "\n<think>What now</think>\n<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1.5</arg_value>\n"
         "<arg_key>b</arg_key>\n<arg_value>2</arg_value>\n</tool_call>\n<tool_call>say\n<arg_key>text</arg_key>\n"
         '<arg_value>x </tool_call> "y"</arg_value>\n</tool_call>',
+        ("", "What now", [ADD, SAY]),
+    ),
+    "glm47": (
+        "<think>What now</think><tool_call>add<arg_key>a</arg_key><arg_value>1.5</arg_value><arg_key>b</arg_key>"
+        "<arg_value>2</arg_value></tool_call><tool_call>say<arg_key>text</arg_key>"
+        '<arg_value>x </tool_call> "y"</arg_value></tool_call>',
         ("", "What now", [ADD, SAY]),
     ),
     "gpt_oss": (
@@ -142,6 +159,15 @@ def test_what_is_no_call_is_the_answer(name: str, text: str) -> None:
     assert parsed(name, list(text)) == (text, "", [])
 
 
+@pytest.mark.parametrize("close", ["</arg_value>", "</arg_value></tool_call>"])
+def test_the_mark_that_ends_a_value_may_be_in_a_string_of_its_json(close: str) -> None:
+    value = f'{{"x": "a {close} b", "y": ["{close}"]}}'
+    text = f"<tool_call>add<arg_key>a</arg_key><arg_value>{value}</arg_value></tool_call>"
+    assert parsed("glm", list(text)) == ("", "", [("add", f'{{"a": {value}}}', True)])
+    broken = text.replace(value, "{'x': 1")
+    assert parsed("glm", list(broken)) == ("", "", [("add", '{"a": "{\'x\': 1"}', True)])
+
+
 def test_what_was_meant_as_a_call_and_is_none_is_given_back() -> None:
     text = "Well. <tool_call>not json</tool_call>"
     assert parsed("hermes", list(text)) == ("Well.<tool_call>not json</tool_call>", "", [])
@@ -173,7 +199,7 @@ def test_arguments_in_other_forms(arguments: str, wanted: str) -> None:
         ("gpt_oss.jinja", "gpt_oss"),
         ("hermes_tools.jinja", "hermes"),
         ("llama3_tools.jinja", "llama3_json"),
-        ("mistral_tools.jinja", "mistral"),
+        ("mistral_tools.jinja", "mistral_v7"),
         ("qwen25_tools.jinja", "hermes"),
         ("qwen3_thinking.jinja", "hermes"),
         ("smollm3.jinja", "think"),
