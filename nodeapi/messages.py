@@ -46,7 +46,8 @@ class PrefillRequest(_StrictMessage, frozen=True, kw_only=True):
 
 
 class Timings(_TolerantMessage, frozen=True, kw_only=True):
-    """Where a leg's time went, seconds. `queue` until first scheduled, `wait` for another node's chunks."""
+    """Where a leg's time went, seconds. `queue` until first scheduled, `wait` for another node's chunks, or for its
+    documents, which are computed apart. A prefill's documents count as computing."""
 
     queue_s: float = 0.0
     wait_s: float = 0.0

@@ -91,6 +91,10 @@ class LoadJob:
         if self._waiting is not None and not self._waiting.expired():
             self._waiting.reschedule(asyncio.get_running_loop().time())
 
+    def wait_until(self, deadline: float) -> None:
+        """Wait so long (Clock.now), and no less than before: one more waits for the same."""
+        self._deadline = max(self._deadline, deadline)
+
     async def run(self) -> None:
         """Ends when all is loaded, at the first chunk that is not good, or when nothing more is to be waited for.
 

@@ -1,15 +1,14 @@
 """Gets documents ready in the engine's blocks: found there, loaded from the store, or computed behind their header.
 
-Owns what is under way for each document, once for all requests that want it. Nothing of it is held for a request: what
-is ready can be found by its keys, as any chunk, until room is needed. A document that cannot be got ready is computed
-where it stands, with the rest of the prompt, so nothing here fails a request.
+Nothing of a document is held for a request: what is ready can be found by its keys, as any chunk, until room is needed.
+One that cannot be got ready is computed where it stands, with the rest of the prompt, so nothing here fails a request.
+Each is got once for all requests that want it (`errands`), in two stages: what another node computes is waited for, as
+long as the request may wait; then what the store has is loaded, and what it lacks is computed.
 """
 
 import asyncio
-import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -18,6 +17,7 @@ from engines.jobs.load import LoadJob
 from engines.paged.arrivals import Arrivals
 from engines.paged.arriving import ArrivingBlocks
 from engines.paged.blocks import BlockManager
+from engines.paged.errands import BroughtDocument, Errand, Errands
 from engines.paged.leg import Leg
 from engines.paged.legs import LegTable
 from engines.paged.runner import ModelRunner, RowMove
@@ -31,33 +31,6 @@ from kvstore.types import MovedBytes
 from nodeapi.messages import GenerateRequest, PrefillRequest, PrefillResult
 
 _log = logging.getLogger("engines")
-
-
-@dataclass(slots=True)
-class BroughtDocument:
-    """What came of one. `ready`: its chunks were found in blocks when it ended."""
-
-    ready: bool = False
-    computed: int = 0
-    """Tokens, those of the header that were not cached included."""
-    moved: list[MovedBytes] = field(default_factory=list)
-    save: "asyncio.Task[frozenset[ChunkKey]] | None" = None
-    """Of what was computed: the keys that are complete in the store then."""
-
-
-@dataclass(eq=False, slots=True)
-class _Errand:
-    """One document that is being got, and how many requests wait for it."""
-
-    task: "asyncio.Task[BroughtDocument] | None" = None
-    waiters: int = 0
-    may_wait: bool = True
-    load: LoadJob | None = None
-
-    def stop_waiting(self) -> None:
-        self.may_wait = False
-        if self.load is not None:
-            self.load.stop_waiting()
 
 
 class DocumentDesk:
@@ -86,14 +59,13 @@ class DocumentDesk:
         self._store_jobs = store_jobs
         self._clock = clock
         self._wake = wake
-        self._under_way: dict[tuple[ChunkKey, bool], _Errand] = {}
-        self._tasks: set[asyncio.Task[BroughtDocument]] = set()
+        self._errands = Errands(self._run)
         self._prefills: dict[str, asyncio.Task[PrefillResult]] = {}
 
     async def prepare(self, leg: Leg, request: GenerateRequest) -> None:
         """Get a decode leg's documents ready, then let its sequence go on with those that are. What its prefix has in
         the cache, of documents too, is exact, and is taken instead."""
-        sequence = leg.first
+        sequence, began = leg.first, self._clock.now()
         try:
             wanted = await self._not_covered(sequence)
             getting = [self._bring(document, request, leg) for document in wanted]
@@ -101,10 +73,12 @@ class DocumentDesk:
             sequence.documents = tuple(one for one, came in zip(wanted, brought, strict=True) if came.ready)
             leg.prepared_tokens = sum(came.computed for came in brought)
             leg.moved_documents = [move for came in brought for move in came.moved]
+            leg.documents_load_s = max((came.load_s for came in brought), default=0.0)
             for document in sequence.documents:
                 if not document.exact:
                     sequence.limit_prefix(document.start)
         finally:
+            leg.documents_s = self._clock.now() - began
             sequence.held = False
             self._wake()
 
@@ -138,10 +112,11 @@ class DocumentDesk:
 
     async def aclose(self) -> None:
         """End all that is under way."""
-        tasks = [*self._prefills.values(), *self._tasks]
+        tasks = list(self._prefills.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._errands.aclose()
 
     async def _prefill(
         self,
@@ -161,6 +136,9 @@ class DocumentDesk:
             raise
         cached, computed, stored = header.cached_tokens, header.computed_tokens, header.stored_chunks
         moved: list[MovedBytes] = []
+        computing = [brought.computing for brought, _ in results if brought.computing is not None]
+        compute_s = max(end for _, end in computing) - min(start for start, _ in computing) if computing else 0.0
+        total_s = self._clock.now() - began
         for document, (brought, complete) in zip(documents, results, strict=True):
             cached += 0 if brought.computed else document.stop - document.start
             computed += brought.computed
@@ -172,7 +150,12 @@ class DocumentDesk:
             computed_tokens=computed,
             stored_chunks=stored,
             moved=[*header.moved, *as_moved(moved)],
-            timings=msgspec.structs.replace(header.timings, total_s=self._clock.now() - began),
+            timings=msgspec.structs.replace(
+                header.timings,
+                load_s=max([header.timings.load_s, *(brought.load_s for brought, _ in results)]),
+                compute_s=min(total_s, header.timings.compute_s + compute_s),
+                total_s=total_s,
+            ),
         )
 
     async def _store(self, document: PlacedDocument, request: PrefillRequest) -> tuple[BroughtDocument, int]:
@@ -204,66 +187,59 @@ class DocumentDesk:
     async def _bring(
         self, document: PlacedDocument, request: PrefillRequest | GenerateRequest, leg: Leg | None
     ) -> BroughtDocument:
-        """Have it got, or wait with the others that want it: what it took is told to the first alone. `leg`: that waits
-        for another node's chunks."""
-        waits = leg is not None and leg.handoff is not None
-        name = (document.keys[-1], waits)
-        errand = self._under_way.get(name)
-        first = errand is None
-        if errand is None:
-            errand = self._under_way[name] = _Errand()
-            until = 0.0
-            if leg is not None and leg.handoff is not None:
-                until = leg.arrived + leg.handoff.wait_s
-            errand.task = asyncio.create_task(self._run(errand, document, request, until), name="engine-document")
-            self._tasks.add(errand.task)
-            errand.task.add_done_callback(self._tasks.discard)
-            errand.task.add_done_callback(functools.partial(self._ended, name, errand))
-        if leg is not None and waits:
-            leg.stop_waiting.append(errand.stop_waiting)
-        assert errand.task is not None
-        errand.waiters += 1
-        try:
-            brought = await asyncio.shield(errand.task)
-            return brought if first else BroughtDocument(ready=brought.ready, save=brought.save)
-        finally:
-            errand.waiters -= 1
-            if not errand.waiters:
-                self._ended(name, errand)
-                errand.task.cancel()
+        """Have it got, once for all that want it. `leg`: waits for another node's chunks before it, if that is due."""
+        waited = BroughtDocument()
+        if leg is not None and leg.handoff is not None:
+            waited = await self._wait_for(document, request, leg, leg.arrived + leg.handoff.wait_s)
+            if waited.ready:
+                return waited
+        with self._errands.wanted(document, request, waits=False) as errand:
+            brought = await errand.ended()
+        brought.load_s += waited.load_s
+        brought.moved = waited.moved + brought.moved
+        return brought
 
-    def _ended(self, name: tuple[ChunkKey, bool], errand: _Errand, _: object = None) -> None:
-        if self._under_way.get(name) is errand:
-            del self._under_way[name]
-
-    async def _run(
-        self, errand: _Errand, document: PlacedDocument, request: PrefillRequest | GenerateRequest, until: float
+    async def _wait_for(
+        self, document: PlacedDocument, request: PrefillRequest | GenerateRequest, leg: Leg, until: float
     ) -> BroughtDocument:
+        """Wait for its chunks together with the other legs that do, as long as this one may."""
+        stopped = asyncio.get_running_loop().create_future()
+        leg.stop_waiting.append(lambda: None if stopped.done() else stopped.set_result(None))
+        with self._errands.wanted(document, request, waits=True) as errand:
+            assert errand.task is not None
+            errand.wait_until(until)
+            left_s = max(0.0, until - self._clock.now())
+            await asyncio.wait({errand.task, stopped}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            # 1. The wait is over for all.
+            # 2. Others wait on: this leg alone waits no longer.
+            # 3. It was the last one: what is being read now is read to its end.
+            if not errand.task.done():
+                if errand.wanted > 1:
+                    return BroughtDocument()
+                errand.stop_waiting()
+            return await errand.ended()
+
+    async def _run(self, errand: Errand) -> BroughtDocument:
         brought = BroughtDocument()
         try:
-            await self._load(errand, document, request, until, brought)
-            if not self._holds(document):
+            await self._load(errand, brought)
+            if not errand.waits and not self._holds(errand.document):
                 async with self._computing:
-                    await self._compute(document, request, brought)
+                    await self._compute(errand.document, errand.request, brought)
         except KVFerryError as error:
-            _log.info("event=document_not_ready request=%s reason=%s", request.request_id, error.message)
+            _log.info("event=document_not_ready request=%s reason=%s", errand.request.request_id, error.message)
         except Exception:  # the boundary of a document: its request goes without it
-            _log.exception("event=document_failed request=%s", request.request_id)
-        brought.ready = self._holds(document)
+            _log.exception("event=document_failed request=%s", errand.request.request_id)
+        brought.ready = self._holds(errand.document)
+        if brought.ready and not errand.waits:
+            self._errands.found(errand.document)
         return brought
 
     def _holds(self, document: PlacedDocument) -> bool:
         return all(self._blocks.holds(key) for key in document.keys)
 
-    async def _load(
-        self,
-        errand: _Errand,
-        document: PlacedDocument,
-        request: PrefillRequest | GenerateRequest,
-        until: float,
-        brought: BroughtDocument,
-    ) -> None:
-        keys = [key for key in document.keys if not self._blocks.holds(key)]
+    async def _load(self, errand: Errand, brought: BroughtDocument) -> None:
+        keys = [key for key in errand.document.keys if not self._blocks.holds(key)]
         if self._context is None or not keys:
             return
         place = ArrivingBlocks(keys, self._blocks, self._runner.block_view)
@@ -271,17 +247,17 @@ class DocumentDesk:
             self._context,
             keys,
             place.into,
-            wait_chunks=len(keys) if errand.may_wait and until else 0,
-            deadline=until,
+            wait_chunks=len(keys) if errand.waits else 0,
+            deadline=errand.until,
             loaded=place.loaded,
-            owner=owner_of(request.cache_salt),
+            owner=owner_of(errand.request.cache_salt),
         )
         try:
             await errand.load.run()
         finally:
             place.loaded(errand.load.num_loaded)
             place.close()
-            brought.moved = errand.load.moved
+            brought.moved, brought.load_s = errand.load.moved, errand.load.load_s
             self._wake()
 
     async def _compute(
@@ -298,6 +274,8 @@ class DocumentDesk:
         try:
             await leg.done
             brought.computed = leg.first.num_prompt_computed
+            if leg.started is not None and leg.computed is not None:
+                brought.computing = leg.started, leg.computed
             brought.save = await self._keep(document, leg.kept or [], request)
         finally:
             self._legs.close(leg)

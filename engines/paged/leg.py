@@ -78,6 +78,10 @@ class Leg:
     prepared_tokens: int = 0
     """Computed for it, of documents that were nowhere yet."""
     moved_documents: list[MovedBytes] = field(default_factory=list)
+    documents_s: float = 0.0
+    """How long its documents were got, all at a time ..."""
+    documents_load_s: float = 0.0
+    """... and the longest load of one of them."""
     distributions: list[npt.NDArray[np.float32]] = field(default_factory=list)
     """One a token, where whole ones are wanted."""
     scheduled: float | None = None
@@ -188,12 +192,14 @@ class Leg:
         return as_moved([*self.moved_documents, *jobs])
 
     def timings(self, now: float) -> Timings:
-        """Where the time since its arrival went."""
+        """Where the time since its arrival went. Of that for its documents, what was no loading was waiting: for
+        another node, or for this one's own steps that compute them."""
         started = now if self.started is None else self.started
+        documents_load_s = min(self.documents_load_s, self.documents_s)
         return Timings(
-            queue_s=(now if self.scheduled is None else self.scheduled) - self.arrived,
-            wait_s=self.load.wait_s if self.load else 0.0,
-            load_s=self.load.load_s if self.load else 0.0,
+            queue_s=(now if self.scheduled is None else self.scheduled) - self.arrived - self.documents_s,
+            wait_s=(self.load.wait_s if self.load else 0.0) + self.documents_s - documents_load_s,
+            load_s=(self.load.load_s if self.load else 0.0) + documents_load_s,
             compute_s=(now if self.computed is None else self.computed) - started,
             save_s=self.save.save_s if self.save else 0.0,
             total_s=now - self.arrived,

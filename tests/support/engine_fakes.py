@@ -2,11 +2,12 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 import msgspec
 from llguidance import LLMatcher
-from support.sim_loop import LoopClock
+from support.sim_loop import LoopClock, run_sim
 from support.store_fakes import Wire, World
 
 from engines.paged.loop import EngineLoop
@@ -19,6 +20,7 @@ from nodeapi.messages import EngineStats, GenerateRequest, Handoff, PrefillReque
 from nodeapi.sampling import SamplingParams
 from transfer.inproc import FaultHook, InprocTransfer
 
+Result = TypeVar("Result")
 CHUNK = 32
 CONFIG = SimEngineConfig(block_size=8, num_blocks=512, bytes_per_token=32, max_context=1024, vocab_size=500)
 
@@ -154,3 +156,37 @@ class Cluster:
 def lone_engine(config: SimEngineConfig = CONFIG) -> EngineLoop:
     clock = LoopClock(asyncio.get_running_loop())
     return build_sim_engine(config, "m", CHUNK, None, clock, grammars=inline_grammars(config))
+
+
+def alone(act: Callable[[EngineLoop], Awaitable[Result]], config: SimEngineConfig = CONFIG) -> Result:
+    """What `act` does with an engine without a store, which it leaves idle."""
+
+    async def main() -> Result:
+        async with lone_engine(config) as engine:
+            result = await act(engine)
+            await idle(engine)
+            return result
+
+    return run_sim(main, limit_s=1000)
+
+
+def in_cluster(
+    act: Callable[[Cluster, EngineLoop, EngineLoop], Awaitable[Result]],
+    *,
+    configs: Mapping[str, SimEngineConfig] | None = None,
+    **settings: Any,
+) -> Result:
+    """What `act` does with two engines over one store, `p` and `d`, which it leaves idle. `configs`: of those of them
+    that have another one."""
+    of = configs or {}
+
+    async def main() -> Result:
+        cluster = Cluster(**settings)
+        async with cluster.engine("p", of.get("p")) as prefiller, cluster.engine("d", of.get("d")) as decoder:
+            result = await act(cluster, prefiller, decoder)
+            await idle(prefiller)
+            await idle(decoder)
+        await cluster.aclose()
+        return result
+
+    return run_sim(main, limit_s=100)

@@ -4,8 +4,7 @@ import asyncio
 
 import msgspec
 import pytest
-from support.engine_fakes import CHUNK, CONFIG, completions, idle, lone_engine, prompt_of, request
-from support.sim_loop import run_sim
+from support.engine_fakes import CHUNK, CONFIG, alone, completions, idle, prompt_of, request
 
 from engines.sim.reference import expected_tokens
 from kvcore.errors import OverloadedError
@@ -17,16 +16,6 @@ SLOW = msgspec.structs.replace(CONFIG, prefill_tokens_per_s=CHUNK, max_batch_tok
 
 def asked(prompt=PROMPT, **fields):
     return CompareRequest(request_id="c", prompt_token_ids=prompt, num_tokens=6, deadline_s=100.0, **fields)
-
-
-def alone(act, config=CONFIG):
-    async def main():
-        async with lone_engine(config) as engine:
-            result = await act(engine)
-            await idle(engine)
-            return result
-
-    return run_sim(main, limit_s=1000)
 
 
 def damage(engine, chunk):

@@ -4,14 +4,16 @@ import asyncio
 
 import msgspec
 import pytest
+from support.documents import HEADER, TAIL, TEXTS, K, asked, expected, joined, prefill, slow_of
 from support.engine_fakes import (
     CHUNK,
     CONFIG,
-    Cluster,
     FailingRunner,
+    alone,
     completions,
     deltas,
     idle,
+    in_cluster,
     lone_engine,
     prompt_of,
     request,
@@ -24,62 +26,6 @@ from engines.sim.reference import expected_tokens
 from kvcore.chunk_keys import prompt_keys
 from kvcore.errors import CancelledByPeerError, DeadlineExceededError, NodeUnavailableError, OverloadedError
 from nodeapi.documents import Documents
-from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest
-
-HEADER = prompt_of(CHUNK + 5, 1)
-TEXTS = {name: prompt_of(length, seed) for seed, (name, length) in enumerate([("a", 77), ("b", 20), ("c", 64)], 2)}
-TAIL = prompt_of(13, 9)
-K = 4
-
-
-def joined(order: str, tail: list[int] = TAIL, k: int = K) -> tuple[list[int], Documents]:
-    """A prompt with the texts in this order, a token of its own before each but the first."""
-    prompt, spans = list(HEADER), []
-    for at, name in enumerate(order):
-        prompt += [400 + at] * bool(at)
-        spans.append((len(prompt), len(prompt) + len(TEXTS[name])))
-        prompt += TEXTS[name]
-    return prompt + tail, Documents(header=len(HEADER), spans=spans, k=k)
-
-
-def asked(
-    order: str, request_id: str = "d", *, k: int = K, tail: list[int] = TAIL, **fields: object
-) -> GenerateRequest:
-    prompt, documents = joined(order, tail, k)
-    return msgspec.structs.replace(request(request_id, prompt, **fields), documents=documents)
-
-
-def expected(order: str, **fields: object) -> list[list[int]]:
-    wanted = asked(order, **fields)
-    return expected_tokens(CONFIG, wanted.prompt_token_ids, wanted.sampling, documents=wanted.documents)
-
-
-def prefill(order: str) -> PrefillRequest:
-    prompt, documents = joined(order)
-    return PrefillRequest(request_id="p", prompt_token_ids=prompt, documents=documents, deadline_s=100.0)
-
-
-def alone(act):
-    async def main():
-        async with lone_engine() as engine:
-            result = await act(engine)
-            await idle(engine)
-            return result
-
-    return run_sim(main, limit_s=100)
-
-
-def in_cluster(act, **settings):
-    async def main():
-        cluster = Cluster(**settings)
-        async with cluster.engine("p") as prefiller, cluster.engine("d") as decoder:
-            result = await act(cluster, prefiller, decoder)
-            await idle(prefiller)
-            await idle(decoder)
-        await cluster.aclose()
-        return result
-
-    return run_sim(main, limit_s=100)
 
 
 def test_the_tokens_are_those_of_documents_computed_behind_the_header_and_turned():
@@ -144,30 +90,6 @@ def test_one_node_has_the_documents_computed_and_another_reuses_them_in_another_
     in_cluster(act)
 
 
-def test_a_decoder_waits_for_the_documents_of_its_handoff():
-    async def act(_, prefiller, decoder):
-        wanted = asked("bca", handoff=Handoff(num_chunks=1, wait_s=50.0))
-        leg = asyncio.ensure_future(completions(decoder, wanted))
-        await asyncio.sleep(0.5)
-        await prefiller.prefill(prefill("bca"))
-        assert await leg == expected("bca")
-        assert (await decoder.stats()).counters["chunks_loaded"] == 7
-
-    in_cluster(act)
-
-
-def test_a_decoder_whose_handoff_ends_computes_the_documents_itself():
-    async def act(_, prefiller, decoder):
-        wanted = asked("bca", handoff=Handoff(num_chunks=1, wait_s=50.0))
-        leg = asyncio.ensure_future(completions(decoder, wanted))
-        await asyncio.sleep(0.5)
-        await decoder.end_handoff("d")
-        async with asyncio.timeout(5.0):
-            assert await leg == expected("bca")
-
-    in_cluster(act)
-
-
 def test_a_damaged_document_is_computed_again():
     async def act(cluster, prefiller, decoder):
         await prefiller.prefill(prefill("abc"))
@@ -177,10 +99,6 @@ def test_a_damaged_document_is_computed_again():
         assert (await decoder.stats()).counters["chunk_miss_checksum"] >= 3
 
     in_cluster(act)
-
-
-def slow_of(**fields):
-    return msgspec.structs.replace(CONFIG, prefill_tokens_per_s=CHUNK, max_batch_tokens=CHUNK, **fields)
 
 
 def test_requests_that_want_a_document_at_once_have_it_computed_once():
@@ -219,16 +137,7 @@ def test_who_leaves_takes_no_document_from_others_and_the_last_leaves_nothing_be
         stats = await idle(engine)
         assert (stats.waiting, stats.used_blocks) == (0, 0)
 
-    run_with(slow_of(), act)
-
-
-def run_with(config, act):
-    async def main():
-        async with lone_engine(config) as engine:
-            await act(engine)
-            await idle(engine)
-
-    run_sim(main, limit_s=200)
+    alone(act, slow_of())
 
 
 def test_a_prefill_of_documents_is_aborted_kept_to_its_deadline_and_refused_by_a_closed_engine():
@@ -269,7 +178,7 @@ def test_a_prefill_whose_header_fails_ends_with_its_documents():
         await idle(engine)
         assert asyncio.get_running_loop().time() - began < 1.5, "the step under way at most"
 
-    run_with(slow_of(), act)
+    alone(act, slow_of())
 
 
 def test_a_tenants_documents_are_found_by_that_tenant_alone():
@@ -310,7 +219,7 @@ def test_without_blocks_for_documents_beside_the_prompt_it_is_computed(num_block
         if num_blocks == 29:
             assert [tokens] == expected_tokens(CONFIG, wanted.prompt_token_ids, wanted.sampling)
 
-    run_with(msgspec.structs.replace(CONFIG, num_blocks=num_blocks), act)
+    alone(act, msgspec.structs.replace(CONFIG, num_blocks=num_blocks))
 
 
 def test_a_document_right_behind_the_header_is_found_by_its_prefix_too():

@@ -11,6 +11,7 @@ from support.engine_fakes import (
     completions,
     deltas,
     idle,
+    in_cluster,
     prefill_request,
     prompt_of,
     request,
@@ -29,19 +30,6 @@ EXPECTED = expected_tokens(CONFIG, PROMPT, WANTED.sampling)
 
 def tokens_of(stream):
     return [[token for delta in stream for token in delta.token_ids]]
-
-
-def in_cluster(act, **settings):
-    async def main():
-        cluster = Cluster(**settings)
-        async with cluster.engine("p") as prefiller, cluster.engine("d") as decoder:
-            result = await act(cluster, prefiller, decoder)
-            await idle(prefiller)
-            await idle(decoder)
-        await cluster.aclose()
-        return result
-
-    return run_sim(main, limit_s=100)
 
 
 @pytest.mark.parametrize("length", [1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 7, CONFIG.max_context - 5])
