@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from support.attacks import secret_override
 from support.cluster import ClusterHandle, cluster
 from support.redis_server import redis_server, with_redis
 from support.tiny_models import make_tiny_model
@@ -14,6 +15,7 @@ from support.tiny_models import make_tiny_model
 from engines.sim.reference import expected_tokens
 from engines.torch.engine import build_torch_engine
 from kvcore.config.schema import SimEngineConfig, TorchEngineConfig
+from kvcore.trust.opening import open_trust, trust_source
 from nodeapi.client import HttpNodeClient
 from nodeapi.documents import CompareRequest, Documents
 from nodeapi.messages import GenerateRequest, LegInfo, PrefillRequest, TokenDelta
@@ -39,8 +41,9 @@ def joined(order: list[int]) -> tuple[list[int], Documents]:
 
 
 @contextlib.asynccontextmanager
-async def client() -> AsyncIterator[HttpNodeClient]:
-    made = HttpNodeClient(connect_timeout_s=5, max_connections=4)
+async def client(subject: ClusterHandle) -> AsyncIterator[HttpNodeClient]:
+    trust = open_trust(trust_source(subject.config))
+    made = HttpNodeClient(connect_timeout_s=5, max_connections=4, trust=trust)
     try:
         yield made
     finally:
@@ -50,7 +53,7 @@ async def client() -> AsyncIterator[HttpNodeClient]:
 async def have_computed(subject: ClusterHandle) -> None:
     prompt, said = joined([0, 1, 2])
     wanted = PrefillRequest(request_id="p", prompt_token_ids=prompt, documents=said, deadline_s=60.0)
-    async with client() as nodes:
+    async with client(subject) as nodes:
         done = await nodes.prefill(subject.node_url("prefill-0"), wanted, timeout_s=60)
     assert (done.stored_chunks, done.cached_tokens) == (CHUNKS, 0)
 
@@ -59,7 +62,7 @@ async def reused(subject: ClusterHandle, engine: SimEngineConfig) -> LegInfo:
     """What the decoder did for a prompt with the same documents in another order, whose answer is right."""
     prompt, said = joined([2, 0, 1])
     wanted = GenerateRequest(request_id="d", prompt_token_ids=prompt, documents=said, sampling=GREEDY, deadline_s=60.0)
-    async with client() as nodes:
+    async with client(subject) as nodes:
         deltas = [delta async for delta in nodes.generate(subject.node_url("decode-0"), wanted, timeout_s=60)]
     tokens = [token for delta in deltas for token in delta.token_ids]
     assert [tokens] == expected_tokens(engine, prompt, GREEDY, documents=said)
@@ -74,20 +77,27 @@ def engine_of(subject: ClusterHandle) -> SimEngineConfig:
     return subject.config.engine
 
 
-async def test_a_decoder_reuses_what_a_prefiller_computed_and_compares_it(tmp_path: Path) -> None:
-    async with cluster(tmp_path, prefillers=1, decoders=1) as subject:
+def proved(folder: Path, kv: str) -> list[str]:
+    """The overrides for a cluster with a secret, and what that does to KV."""
+    return [secret_override(folder), kv] if kv else []
+
+
+@pytest.mark.parametrize("kv", ["", "kv.verify=mac", "kv.encrypt=true"])
+async def test_a_decoder_reuses_what_a_prefiller_computed_and_compares_it(tmp_path: Path, kv: str) -> None:
+    async with cluster(tmp_path, prefillers=1, decoders=1, overrides=proved(tmp_path, kv)) as subject:
         await have_computed(subject)
         info = await reused(subject, engine_of(subject))
         assert sum(move.num_bytes for move in info.moved if move.direction == "get") >= CHUNKS * CHUNK_TOKENS * 64
         prompt, said = joined([1, 2, 0])
         wanted = CompareRequest(request_id="c", prompt_token_ids=prompt, documents=said, deadline_s=60.0)
-        async with client() as nodes:
+        async with client(subject) as nodes:
             reply = await nodes.compare(subject.node_url("decode-0"), wanted, timeout_s=60)
         assert reply.approximate_tokens == 150 - 8 + 33 - 8 and min(reply.kl) > 0
 
 
-async def found_after_a_restart(folder: Path, tier: str, override: str) -> None:
-    async with cluster(folder, prefillers=1, decoders=1, overrides=[override]) as subject:
+async def found_after_a_restart(folder: Path, tier: str, *overrides: str) -> str:
+    """Whose tier it was."""
+    async with cluster(folder, prefillers=1, decoders=1, overrides=overrides) as subject:
         await have_computed(subject)
 
         async def saved() -> bool:
@@ -95,19 +105,24 @@ async def found_after_a_restart(folder: Path, tier: str, override: str) -> None:
             return sum(one.counts.get("saved", 0) for report in reports for one in report.tiers) >= CHUNKS
 
         await subject.until(saved, 60)
-    async with cluster(folder, prefillers=1, decoders=1, overrides=[override, *SLOW]) as subject:
+    async with cluster(folder, prefillers=1, decoders=1, overrides=[*overrides, *SLOW]) as subject:
         info = await reused(subject, engine_of(subject))
         assert sum(one.num_chunks for one in info.promoted if one.tier == tier) == CHUNKS
+        [node] = {one.node for one in info.promoted}
+        return node
 
 
-async def test_documents_are_found_on_another_nodes_disk_after_the_cluster_was_stopped(tmp_path: Path) -> None:
-    await found_after_a_restart(tmp_path, "disk", f"tiers.disk={{path: {tmp_path}/disk, size: 32MiB}}")
+@pytest.mark.parametrize("kv", ["", "kv.encrypt=true"])
+async def test_documents_are_found_on_another_nodes_disk_after_the_cluster_was_stopped(tmp_path: Path, kv: str) -> None:
+    disk = f"tiers.disk={{path: {tmp_path}/disk, size: 32MiB}}"
+    assert await found_after_a_restart(tmp_path, "disk", disk, *proved(tmp_path, kv)) == "prefill-0"
 
 
 @with_redis
-async def test_documents_are_found_in_redis_after_the_cluster_was_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv", ["", "kv.encrypt=true"])
+async def test_documents_are_found_in_redis_after_the_cluster_was_stopped(tmp_path: Path, kv: str) -> None:
     with redis_server() as server:
-        await found_after_a_restart(tmp_path, "redis", f"tiers.redis={{url: '{server.url}'}}")
+        await found_after_a_restart(tmp_path, "redis", f"tiers.redis={{url: '{server.url}'}}", *proved(tmp_path, kv))
 
 
 async def test_what_a_torch_decoder_makes_of_a_prefillers_documents_is_what_one_engine_makes(tmp_path: Path) -> None:
@@ -120,7 +135,7 @@ async def test_what_a_torch_decoder_makes_of_a_prefillers_documents_is_what_one_
         await have_computed(subject)
         config = subject.config.engine
         assert isinstance(config, TorchEngineConfig)
-        async with client() as nodes:
+        async with client(subject) as nodes:
             url = subject.node_url("decode-0")
             deltas = [delta async for delta in nodes.generate(url, wanted, timeout_s=60)]
             without = [delta async for delta in nodes.generate(url, plain, timeout_s=60)]
