@@ -1,5 +1,7 @@
 """Prompts of three documents behind one header, for engines of `support.engine_fakes`."""
 
+from typing import Any
+
 import msgspec
 from support.engine_fakes import CHUNK, CONFIG, prompt_of, request
 
@@ -24,14 +26,12 @@ def joined(order: str, tail: list[int] = TAIL, k: int = K) -> tuple[list[int], D
     return prompt + tail, Documents(header=len(HEADER), spans=spans, k=k)
 
 
-def asked(
-    order: str, request_id: str = "d", *, k: int = K, tail: list[int] = TAIL, **fields: object
-) -> GenerateRequest:
+def asked(order: str, request_id: str = "d", *, k: int = K, tail: list[int] = TAIL, **fields: Any) -> GenerateRequest:
     prompt, documents = joined(order, tail, k)
     return msgspec.structs.replace(request(request_id, prompt, **fields), documents=documents)
 
 
-def expected(order: str, **fields: object) -> list[list[int]]:
+def expected(order: str, **fields: Any) -> list[list[int]]:
     wanted = asked(order, **fields)
     return expected_tokens(CONFIG, wanted.prompt_token_ids, wanted.sampling, documents=wanted.documents)
 
@@ -41,6 +41,6 @@ def prefill(order: str) -> PrefillRequest:
     return PrefillRequest(request_id="p", prompt_token_ids=prompt, documents=documents, deadline_s=100.0)
 
 
-def slow_of(**fields: object) -> SimEngineConfig:
+def slow_of(**fields: Any) -> SimEngineConfig:
     """A chunk a second."""
     return msgspec.structs.replace(CONFIG, prefill_tokens_per_s=CHUNK, max_batch_tokens=CHUNK, **fields)

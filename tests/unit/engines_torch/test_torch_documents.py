@@ -13,6 +13,7 @@ import torch
 import transformers
 from support.engine_fakes import idle
 from support.tiny_models import make_tiny_model
+from support.wrong_documents import FAULTS, spoil
 
 from engines.paged.loop import EngineLoop
 from engines.paged.options import EngineOptions
@@ -203,6 +204,28 @@ def clipped(said: Documents, num_tokens: int) -> Documents:
         if start == said.header or stop - start > said.k
     ]
     return msgspec.structs.replace(said, spans=[(start, stop) for start, stop in reused if start < stop])
+
+
+async def differences(engine: EngineLoop, fault: str | None) -> tuple[float, float]:
+    """What comparisons of some prompts with documents say: the sums of their divergences and of their gaps."""
+    said = documents(8, [(14, 46), (46, 94)])
+    prompts = [random.Random(seed).choices(range(3, 500), k=100) for seed in range(4)]
+    for prompt in prompts:
+        await info_of(engine, prompt, said)  # the documents are ready, and right
+    if fault is not None:
+        spoil(engine._runner, fault)
+    replies = [await compare(engine, prompt, said) for prompt in prompts]
+    return sum(sum(reply.kl) for reply in replies), sum(sum(reply.gaps) for reply in replies)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+async def test_a_comparison_sees_a_wrong_rotation_a_wrong_slice_and_swapped_documents(folder, kind):
+    async with engine_of(folder(kind)) as engine:
+        kl, gap = await differences(engine, None)
+    for fault in FAULTS:
+        async with engine_of(folder(kind)) as engine:
+            wrong_kl, wrong_gap = await differences(engine, fault)
+        assert wrong_kl > 1.3 * kl and wrong_gap > gap, fault
 
 
 async def test_what_was_reused_is_told(folder):
