@@ -161,11 +161,13 @@ class GuardedTier:
                 started = self._clock.now()
                 left_s = timeout_s - (started - began)
                 if left_s > 0 and not self.away:
-                    with _BreakerTry(self) as attempt:
-                        outcomes = await _in_time(call(left_s), left_s)
-                        some = outcomes is not None and any(outcome is not _AWAY for outcome in outcomes)
-                        attempt.ok = some or (outcomes is not None and self._tier.stats().partly)
-                    self._measure(operation, chunks, outcomes or [], self._clock.now() - started)
+                    try:
+                        with _BreakerTry(self) as attempt:
+                            outcomes = await _in_time(call(left_s), left_s)
+                            some = outcomes is not None and any(outcome is not _AWAY for outcome in outcomes)
+                            attempt.ok = some or (outcomes is not None and self._tier.stats().partly)
+                    finally:  # a call that its caller gives up has taken some time, too
+                        self._measure(operation, chunks, outcomes, self._clock.now() - started, left_s)
             finally:
                 await asyncio.shield(self._leave(num_bytes))
         outcomes = outcomes or [_AWAY] * len(chunks)
@@ -173,13 +175,23 @@ class GuardedTier:
         return outcomes
 
     def _measure(
-        self, operation: str, chunks: Sequence[TierChunk], outcomes: Sequence[TierOutcome], seconds: float
+        self,
+        operation: str,
+        chunks: Sequence[TierChunk],
+        outcomes: Sequence[TierOutcome] | None,
+        seconds: float,
+        given_s: float,
     ) -> None:
-        arrived = sum(chunk.num_bytes for chunk, got in zip(chunks, outcomes, strict=False) if got is TierOutcome.OK)
-        if not arrived:
-            return
-        self.moved_bytes[operation] += arrived
-        self._rates[operation].observe(arrived, max(seconds, 1e-6))
+        """`outcomes` None: the call was late, or its caller gave it up."""
+        rate, seconds, arrived, late = self._rates[operation], max(seconds, 1e-6), 0, 0
+        for chunk, outcome in zip(chunks, outcomes or [_AWAY] * len(chunks), strict=True):
+            arrived += chunk.num_bytes * (outcome is TierOutcome.OK)
+            late += chunk.num_bytes * (outcome is _AWAY)
+        if arrived:
+            self.moved_bytes[operation] += arrived
+            rate.observe(arrived, seconds)
+        elif rate.value is not None or seconds > 0.9 * given_s:  # what is refused at once says nothing of a speed
+            rate.outlasted(late, seconds)
 
     async def _enter(self, num_bytes: int) -> bool:
         async with self._room:

@@ -31,3 +31,9 @@ class RunningRate:
         self._doubted = False
         self._units += weight * (units - self._units)
         self._seconds += weight * (seconds - self._seconds)
+
+    def outlasted(self, units: float, seconds: float) -> None:
+        """So many units were given up after so long: they take longer. It counts where they were expected sooner, or
+        what is too slow ever to be measured would be believed to be fast for ever."""
+        if self.value is None or units < self.value * seconds:
+            self.observe(units, seconds)

@@ -170,6 +170,41 @@ def test_rates_and_bytes_are_measured():
     run_sim(main)
 
 
+def test_a_call_that_is_cut_or_given_up_tells_how_slow_the_tier_is_at_least():
+    """Else what is too slow to be measured is believed to be as fast as it was for ever."""
+
+    async def main():
+        server = Server()
+        tier, chunk = guarded(server), chunk_of(name_of(1), 100_000 - 128)
+        server.delay_s = 0.1
+        await tier.save([chunk], timeout_s=1)
+        assert await tier.load([room_for(chunk)], timeout_s=1) == [OK] and (tier.rate("load") or 0) > 0.9e6
+        server.delay_s = 100
+        given_up = asyncio.create_task(tier.load([room_for(chunk)], timeout_s=50))
+        await asyncio.sleep(10)
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        assert (tier.rate("load") or 0) < 60_000
+        for _ in range(2):
+            assert await tier.load([room_for(chunk)], timeout_s=20) == [AWAY]
+        slow = tier.rate("load") or 0
+        assert slow < 15_000
+        server.delay_s = 0.1
+        assert await tier.load([room_for(chunk)], timeout_s=0.05) == [AWAY]
+        assert tier.rate("load") == slow, "that it takes longer than that was known"
+
+        cut = guarded(server)
+        server.delay_s = 100
+        assert await cut.load([room_for(chunk)], timeout_s=5) == [AWAY]
+        assert cut.rate("load") == pytest.approx(20_000), "nothing else is known of it"
+        refusing = guarded(server)
+        server.delay_s, server.up = 0.0, False
+        assert await refusing.load([room_for(chunk)], timeout_s=5) == [AWAY]
+        assert refusing.rate("load") is None
+
+    run_sim(main)
+
+
 def test_a_cancelled_try_leaves_the_breaker_able_to_try_again():
     async def main():
         server = Server()
