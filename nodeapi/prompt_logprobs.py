@@ -75,31 +75,24 @@ class PromptLogprobs(msgspec.Struct, frozen=True, kw_only=True):
         """Without the tokens before `start`, of which it has one at least behind that."""
         drop = max(0, start - self.start)
         assert drop < len(self)
-        entries = 4 * drop * (1 + self.top)
-        return (
-            self
-            if not drop
-            else type(self)(
-                start=start,
-                top=self.top,
-                token_ids=self.token_ids[entries:],
-                logprobs=self.logprobs[entries:],
-                ranks=self.ranks[4 * drop :],
-            )
-        )
+        return self._part(drop, len(self)) if drop else self
 
     def pieces(self) -> Iterator[Self]:
         """The same in pieces of at most MOST_ENTRIES entries, one token at least each."""
         step = max(1, MOST_ENTRIES // (1 + self.top))
         for first in range(0, len(self), step):
-            cut = slice(4 * first * (1 + self.top), 4 * (first + step) * (1 + self.top))
-            yield type(self)(
-                start=self.start + first,
-                top=self.top,
-                token_ids=self.token_ids[cut],
-                logprobs=self.logprobs[cut],
-                ranks=self.ranks[4 * first : 4 * (first + step)],
-            )
+            yield self._part(first, first + step)
+
+    def _part(self, first: int, stop: int) -> Self:
+        """Of its tokens `first .. stop`, counted from its own first one."""
+        entries = slice(4 * first * (1 + self.top), 4 * stop * (1 + self.top))
+        return type(self)(
+            start=self.start + first,
+            top=self.top,
+            token_ids=self.token_ids[entries],
+            logprobs=self.logprobs[entries],
+            ranks=self.ranks[4 * first : 4 * stop],
+        )
 
     def rows(self) -> Iterator[PromptRow]:
         """Token by token."""

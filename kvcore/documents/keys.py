@@ -29,14 +29,18 @@ def document_root(fingerprint: bytes, salt: bytes, header: Sequence[int], chunk_
     """The parent of the first chunk of every document behind `header`, given as its token ids. `fingerprint`: 16 bytes
     of the KVSpec; `salt`: the request's."""
     salt = own_salt(salt)
-    parent = _all_keys(root_key(fingerprint, salt), header, chunk_tokens)
-    last = parent[-1] if parent else root_key(fingerprint, salt)
+    chain = root_key(fingerprint, salt)
+    last = (document_keys(chain, header, chunk_tokens) or [chain])[-1]
     return ChunkKey(sha256(_DOMAIN + fingerprint + len(salt).to_bytes(4, "little") + salt + last).digest()[:KEY_BYTES])
 
 
 def document_keys(root: ChunkKey, token_ids: Sequence[int], chunk_tokens: int) -> list[ChunkKey]:
     """Keys of all chunks of a document, in order: the full ones, then that of the rest, if there is one."""
-    return _all_keys(root, token_ids, chunk_tokens)
+    keys = chunk_keys(root, token_ids, chunk_tokens)
+    rest = token_ids[len(keys) * chunk_tokens :]
+    if len(rest):
+        keys.append(next_key(keys[-1] if keys else root, rest))
+    return keys
 
 
 def keys_of_documents(
@@ -51,11 +55,3 @@ def keys_of_documents(
     """Of each document of a prompt, `[start, stop)` of it, behind its first `header` tokens."""
     root = document_root(fingerprint, salt, prompt[:header], chunk_tokens)
     return [document_keys(root, prompt[start:stop], chunk_tokens) for start, stop in spans]
-
-
-def _all_keys(root: ChunkKey, token_ids: Sequence[int], chunk_tokens: int) -> list[ChunkKey]:
-    keys = chunk_keys(root, token_ids, chunk_tokens)
-    rest = token_ids[len(keys) * chunk_tokens :]
-    if len(rest):
-        keys.append(next_key(keys[-1] if keys else root, rest))
-    return keys

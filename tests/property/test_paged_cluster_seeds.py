@@ -2,12 +2,21 @@
 answer is what the tokens alone say, and nothing is left over. A failing seed reproduces."""
 
 import asyncio
-import contextlib
 import random
 
 import msgspec
 import pytest
-from support.engine_fakes import CHUNK, CONFIG, Cluster, completions, idle, prefill_request, prompt_of, request
+from support.engine_fakes import (
+    CHUNK,
+    CONFIG,
+    Cluster,
+    completions,
+    idle,
+    prefill_request,
+    prompt_of,
+    read_some,
+    request,
+)
 from support.sim_loop import run_sim
 
 from engines.sim.reference import expected_tokens
@@ -44,9 +53,7 @@ class Clients:
         await asyncio.sleep(self.dice.random() * 0.5)
         leg = asyncio.create_task(prefiller.prefill(prefill_request(wanted.request_id, wanted.prompt_token_ids)))
         if self.dice.random() < 0.2:
-            async with contextlib.aclosing(decoder.generate(wanted)) as stream:
-                for _ in range(self.dice.randrange(1, 5)):
-                    await anext(stream, None)
+            await read_some(decoder, wanted, self.dice.randrange(1, 5))
             leg.cancel()
             await asyncio.wait([leg])
             return

@@ -3,14 +3,13 @@ all sizes, shuffled callbacks: answers are what some reuse of the documents give
 their tokens alone say. A failing seed reproduces."""
 
 import asyncio
-import contextlib
 import itertools
 import random
 from collections.abc import Iterator
 
 import msgspec
 import pytest
-from support.engine_fakes import CHUNK, CONFIG, Cluster, completions, idle, prompt_of, request
+from support.engine_fakes import CHUNK, CONFIG, Cluster, completions, idle, prompt_of, read_some, request
 from support.sim_loop import run_sim
 
 from engines.sim.reference import expected_tokens
@@ -61,9 +60,7 @@ class Clients:
         )
         leg = asyncio.create_task(prefiller.prefill(prefill))
         if self.dice.random() < 0.2:
-            async with contextlib.aclosing(decoder.generate(wanted)) as stream:
-                for _ in range(self.dice.randrange(1, 5)):
-                    await anext(stream, None)
+            await read_some(decoder, wanted, self.dice.randrange(1, 5))
             leg.cancel()
             await asyncio.wait([leg])
             return

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
@@ -73,6 +74,13 @@ async def completions(engine: EngineLoop, wanted: GenerateRequest) -> list[list[
     for delta in await deltas(engine, wanted):
         tokens[delta.index] += delta.token_ids
     return tokens
+
+
+async def read_some(engine: EngineLoop, wanted: GenerateRequest, count: int) -> None:
+    """As a reader that leaves after `count` deltas."""
+    async with aclosing(engine.generate(wanted)) as stream:
+        for _ in range(count):
+            await anext(stream, None)
 
 
 async def settle(done: Callable[[], Awaitable[bool]], limit_s: float = 60.0) -> None:

@@ -8,7 +8,8 @@ from functools import cached_property
 from kvcore.errors import InvalidRequestError
 
 MAX_TOKEN_ID = (1 << 32) - 1
-_MAX_INT64 = 1 << 63
+INT64 = 1 << 63
+"""What is larger, or smaller than its negative, has no 64 bits."""
 MIXED = "mixes token ids with other prompts"
 _NO_ID = "has token ids that no vocabulary has"
 
@@ -103,7 +104,7 @@ def top_p(value: float | None, default: float) -> float:
 
 def top_k(value: int | None, default: int) -> int:
     """0: all tokens. `default` where it is left out."""
-    require(value is None or -1 <= value < _MAX_INT64, "top_k", "must be at least 1, or 0 or -1 for all")
+    require(value is None or -1 <= value < INT64, "top_k", "must be at least 1, or 0 or -1 for all")
     return max(0, default if value is None else value)
 
 

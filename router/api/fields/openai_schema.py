@@ -13,10 +13,10 @@ from nodeapi.grammars.grammar import Grammar
 from router.api.fields.cache_hints import hints_of, session_of
 from router.api.fields.chat_fields import ChatRequest, chat_prompt
 from router.api.fields.chat_messages import marks_of
-from router.api.fields.checks import TokenLists, require
+from router.api.fields.checks import INT64, TokenLists, require
 from router.api.fields.common_fields import RepetitionDetection, StreamOptions
 from router.api.fields.completion_fields import CompletionRequest, completion_prompts
-from router.api.fields.sampling_fields import DEFAULT_COMPLETION_TOKENS, INT64, max_tokens_of, sampling_of
+from router.api.fields.sampling_fields import DEFAULT_COMPLETION_TOKENS, max_tokens_of, sampling_of
 from router.api.fields.score_fields import AnyRequest, check_size, scoring_of
 from router.api.fields.structured import AskedGrammar, asked_grammar
 from router.api.fields.tool_choice import must_call, reading_of, tool_grammar

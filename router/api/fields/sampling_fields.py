@@ -4,7 +4,7 @@ import random
 
 from nodeapi.grammars.grammar import Grammar
 from nodeapi.sampling import SamplingParams
-from router.api.fields.checks import TokenLists, number, repetition_penalty, require, top_k, top_p
+from router.api.fields.checks import INT64, TokenLists, number, repetition_penalty, require, top_k, top_p
 from router.api.fields.common_fields import StreamOptions
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.fields.score_fields import AnyRequest, is_prompt_alone, scored
@@ -12,7 +12,6 @@ from router.api.limits import ApiLimits
 from router.text.model_habits import SamplingDefaults
 
 DEFAULT_COMPLETION_TOKENS = 16
-INT64 = 1 << 63
 
 
 def sampling_of(
