@@ -7,30 +7,16 @@ import hmac
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from support.chunk_attacks import with_bytes
+from support.sample_chunk import EXPECTED, HEADER, NEW_SECRET, NONCE, OTHER_SECRET, PAYLOAD, SECRET, VIEWS
 
 from kvcore.trust.keys import ClusterKey, KeyLabel
 from kvcore.trust.secrets import Secrets
-from kvcore.types import ChunkKey, OwnerTag
-from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, Expected, checksum, pack, parse
+from kvstore.chunk_format import HEADER_BYTES, Expected, checksum, pack, parse
 from kvstore.integrity.checks import Checking, Integrity
 from kvstore.integrity.cipher import chunk_key
 from kvstore.integrity.mac import identity
 from kvstore.types import GetOutcome
 
-SECRET, NEW_SECRET, OTHER_SECRET = (bytes(range(start, start + 32)) for start in (0, 32, 64))
-NONCE = bytes(range(0x50, 0x5C))
-PAYLOAD = bytes(range(256))
-VIEWS = [memoryview(PAYLOAD)[:100], memoryview(PAYLOAD)[100:]]
-HEADER = ChunkHeader(
-    key=ChunkKey(bytes(range(16))),
-    fingerprint=bytes(range(16, 32)),
-    token_count=4,
-    payload_length=256,
-    checksum=0,
-    generation=0x0123456789ABCDEF,
-    owner=OwnerTag(bytes(range(0xA0, 0xA8))),
-)
-EXPECTED = Expected(HEADER.key, HEADER.fingerprint, HEADER.generation, 256, HEADER.owner)
 VECTOR_KEY = "594bdbcd4c5b7df6fda40772798aa7de50c844e3d4985cadd4c5e0d6f9505ae9"
 VECTOR_HEADER = (
     "4b56464348554e4b0300800004000000000102030405060708090a0b0c0d0e0f"
