@@ -20,5 +20,7 @@ class MooncakeLimits:
     """Between two looks for that."""
     close_s: float = 3.0
     """For the client to take its memory back from Mooncake in order (1.3 s, measured); then it is killed."""
+    load_tries: int = 3
+    """Of a chunk that took longer to read than Mooncake lets it lie where it is."""
     threads: int = 8
     """Calls that the client has under way at once: one to a master that is gone takes 4.5 s to fail."""

@@ -37,9 +37,11 @@ _LOADED = {
     -702: TierOutcome.MISSING,
     -703: TierOutcome.MISSING,
     -704: TierOutcome.MISSING,
-    -707: TierOutcome.MISSING,
     -801: TierOutcome.DAMAGED,
 }
+_EXPIRED = -707
+"""It took longer to read than Mooncake keeps its bytes where they are (5 s by default): it is there, and what was read
+may be anything."""
 _WORDS = {
     -200: "no room: no client lends it memory, or all that is lent is full",
     -800: "a client that lent memory does not answer",
@@ -57,6 +59,7 @@ class MooncakeTier:
 
     def __init__(self, place: MooncakePlace, buffer_bytes: int, limits: MooncakeLimits = MooncakeLimits()) -> None:
         self.max_chunk_bytes = buffer_bytes
+        self._limits = limits
         self._buffer = MooncakeBuffer(buffer_bytes)
         self._client = MooncakeClient(place, self._buffer, limits)
         self._copying = BlockingPool("mooncake-tier", _COPY_THREADS)
@@ -82,8 +85,12 @@ class MooncakeTier:
         """See `Tier`. What lies there in another size than asked for is TOO_LARGE, as is more than the buffer."""
         outcomes, fitting = self._sorted_out(chunks)
         deadline = BatchDeadline(timeout_s)
-        for group in self._groups(fitting, chunks):
-            await self._load(group, [chunks[at] for at in group], outcomes, deadline)
+        for _ in range(self._limits.load_tries):
+            expired = list[int]()
+            for group in self._groups(fitting, chunks):
+                expired += await self._load(group, [chunks[at] for at in group], outcomes, deadline)
+            if not (fitting := expired):
+                break
         return outcomes
 
     async def save(
@@ -149,9 +156,10 @@ class MooncakeTier:
 
     async def _load(
         self, group: Sequence[int], chunks: Sequence[TierChunk], outcomes: list[TierOutcome], deadline: BatchDeadline
-    ) -> None:
+    ) -> list[int]:
+        """Those of the group that are to be read again."""
         if (room := await self._room(chunks, deadline)) is None:
-            return
+            return []
         with room:
             keys = [key_of(chunk.name) for chunk in chunks]
             codes = await self._in_time(MooncakeOperation.LOAD, keys, room, deadline)
@@ -166,6 +174,7 @@ class MooncakeTier:
             if await self._copied(pairs, deadline):
                 for at in arrived:
                     outcomes[at] = TierOutcome.OK
+            return [at for at, code in zip(group, codes or (), strict=False) if code == _EXPIRED]
 
     async def _save(
         self, group: Sequence[int], chunks: Sequence[TierChunk], outcomes: list[TierOutcome], deadline: BatchDeadline

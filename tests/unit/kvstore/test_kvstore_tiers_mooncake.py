@@ -100,6 +100,22 @@ def test_what_this_machine_lacks_is_refused_by_name(monkeypatch, section, ports,
         place_of(MooncakeTierConfig(master="m:1", **section), HOST)
 
 
+@pytest.mark.parametrize(("late", "outcome"), [(2, OK), (9, AWAY)])
+async def test_what_was_read_too_slowly_is_read_again_and_is_never_missing(monkeypatch, late, outcome):
+    """A client that stands still for longer than its lease has read what may be anything. The chunk is there still."""
+    tier, asked = MooncakeTier(place_of(MooncakeTierConfig(master="127.0.0.1:1"), HOST), CAPACITY_BYTES), list[int]()
+
+    async def call(operation, keys, room, timeout_s):
+        asked.append(len(keys))
+        return [1000 if len(asked) > late or key == mooncake.key_of(name_of(2)) else -707 for key in keys]
+
+    monkeypatch.setattr(tier._client, "call", call)
+    chunks = [TierChunk(name_of(number), [memoryview(bytearray(1000))]) for number in (1, 2)]
+    assert await tier.load(chunks, timeout_s=CALL_S) == [outcome, OK]
+    assert asked == [2, 1, 1] and tier.stats().problem in (None, tier._client.problem)
+    await tier.aclose()
+
+
 @with_mooncake
 async def test_a_late_call_keeps_its_room_and_never_touches_the_callers_memory(server):
     async with opened(server) as tier:
