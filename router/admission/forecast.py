@@ -60,7 +60,7 @@ def forecast(decision: Decision, prompt_tokens: int, now: float, limits: Admissi
     free, idle_in_s = _any_free(decodes, preparing), _idle_in_s(computes, now, limits)
     look_in_s = idle_in_s if free and 0 < idle_in_s < math.inf else None
     room, stays = free and idle_in_s <= 0, computes is decodes
-    return Forecast(room, own_s, tokens, now, computes.nodes, decodes.nodes, stays, idle_in_s, look_in_s)
+    return Forecast(room, own_s, tokens, now, computes.usable, decodes.usable, stays, idle_in_s, look_in_s)
 
 
 def _free(node: NodeView, now: float) -> tuple[float, float]:
@@ -77,7 +77,7 @@ def _idle_in_s(ranking: Ranking, now: float, limits: AdmissionLimits) -> float:
     assert ranking.node is not None
     if not _nearly_done_s(ranking.node, now, limits):
         return 0.0
-    return min(_nearly_done_s(node, now, limits) for node in ranking.nodes)
+    return min(_nearly_done_s(node, now, limits) for node in ranking.usable)
 
 
 def _nearly_done_s(node: NodeView, now: float, limits: AdmissionLimits) -> float:
@@ -96,7 +96,7 @@ def _nearly_done_s(node: NodeView, now: float, limits: AdmissionLimits) -> float
 
 def _any_free(ranking: Ranking, preparing: float) -> bool:
     assert ranking.node is not None
-    return _is_free(ranking.node, preparing) or any(_is_free(node, preparing) for node in ranking.nodes)
+    return _is_free(ranking.node, preparing) or any(_is_free(node, preparing) for node in ranking.usable)
 
 
 def _is_free(node: NodeView, preparing: float) -> bool:

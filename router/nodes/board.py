@@ -5,6 +5,7 @@ Owns what was last seen of each node. A node that is used is looked at again whe
 one that is not used each time, as its reason may end with time alone.
 """
 
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -46,6 +47,10 @@ class NodeBoard:
         """In the order of the table, stores left out."""
         self._seen: dict[Role, dict[int, NodeView]] = {Role.PREFILLER: {}, Role.DECODER: {}}
         self._kinds: dict[Role, Counter[NodeKind]] = {role: Counter() for role in self._seen}
+        self._by_load: dict[Role, list[tuple[int, int, NodeView]]] = {role: [] for role in self._seen}
+        """Load, place and view of each that is used, in order."""
+        self._among: dict[Role, dict[str, int]] = {}
+        """Of each of these by its name the place among them; made anew when one comes or goes."""
         self._unordered: set[Role] = set()
         """Those of which a node came back to its place."""
         self._left_out: dict[int, LeftOut] = {}
@@ -69,9 +74,14 @@ class NodeBoard:
                 seen[role] = dict(sorted(seen[role].items()))
             self._unordered.clear()
             left_out = tuple([self._left_out[place] for place in sorted(self._left_out)])
-            prefillers, decoders = (NodeViews.made(seen[role].values(), self._kinds[role].keys()) for role in seen)
-            self._view = ClusterView(prefillers, decoders, left_out)
+            self._view = ClusterView(self._views(Role.PREFILLER), self._views(Role.DECODER), left_out)
         return self._view
+
+    def _views(self, role: Role) -> NodeViews:
+        views = self._seen[role].values()
+        if role not in self._among:
+            self._among[role] = {view.id: number for number, view in enumerate(views)}
+        return NodeViews.made(views, self._kinds[role].keys(), tuple(self._by_load[role]), self._among[role])
 
     def engine_facts(self, now: float) -> tuple[int | None, int | None]:
         """(The longest context, the size of the vocabulary) among the decoders that fit and ever reported, or else
@@ -106,26 +116,36 @@ class NodeBoard:
             view = node.view()
             if (before := seen.get(place)) is not view:
                 seen[place], self._view = view, None
-                self._count(node.role, before, view)
+                self._put(node.role, place, before, view)
                 if before is None:
                     self._unordered.add(node.role)
                     self._left_out.pop(place, None)
                     self._unused.discard(node)
         elif (known := self._left_out.get(place)) is None or known.reason != reason:
             self._left_out[place], self._view = LeftOut(node.id, node.role, reason), None
-            self._count(node.role, seen.pop(place, None), None)
+            self._put(node.role, place, seen.pop(place, None), None)
             self._unused.add(node)
 
-    def _count(self, role: Role, before: NodeView | None, now: NodeView | None) -> None:
-        """How many there are of each kind."""
-        kinds = self._kinds[role]
-        if now is not None:
-            kinds[NodeKind.of(now)] += 1
+    def _put(self, role: Role, place: int, before: NodeView | None, now: NodeView | None) -> None:
+        """In the order of load, and in the count of each kind."""
+        by_load = self._by_load[role]
         if before is not None:
-            kinds[kind := NodeKind.of(before)] -= 1
-            if not kinds[kind]:
+            del by_load[bisect_left(by_load, (before.load, place))]
+        if now is not None:
+            insort(by_load, (now.load, place, now))
+        was, kind = (None if view is None else NodeKind.of(view) for view in (before, now))
+        if was == kind:
+            return
+        kinds = self._kinds[role]
+        if kind is not None:
+            kinds[kind] += 1
+        if was is not None:
+            kinds[was] -= 1
+            if not kinds[was]:
                 self._kinds[role] = kinds = Counter(kinds)  # the views of before keep theirs: one kind more is no harm
-                del kinds[kind]
+                del kinds[was]
+        if was is None or kind is None:
+            self._among.pop(role, None)
 
     def _begin(self) -> None:
         """Nodes came or went."""
@@ -139,5 +159,7 @@ class NodeBoard:
         for role, seen in self._seen.items():
             seen.clear()
             self._kinds[role] = Counter()
+            self._by_load[role] = []
+        self._among.clear()
         self._left_out.clear()
         self._facts = self._view = None

@@ -42,7 +42,8 @@ class Cut(msgspec.Struct, frozen=True):
 
 class Ranking(msgspec.Struct, frozen=True):
     """How one role's node was chosen. `columns[s][i]`: the weighted score that scorer `scorers[s]` gave `nodes[i]`;
-    `totals[i]`: their sum. `chosen`: the place of the chosen one in `nodes`; None where there are none."""
+    `totals[i]`: their sum. `chosen`: the place of the chosen one in `nodes`; None where there are none. `usable`: all
+    that it could have been, of which `nodes` were compared."""
 
     role: Role
     nodes: Sequence[NodeView]
@@ -51,6 +52,7 @@ class Ranking(msgspec.Struct, frozen=True):
     columns: tuple[Sequence[float], ...]
     cuts: tuple[Cut, ...]
     chosen: int | None
+    usable: Sequence[NodeView]
 
     @property
     def node(self) -> NodeView | None:

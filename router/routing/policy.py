@@ -19,6 +19,7 @@ from kvcore.types import Role, Route
 from router.routing.costs import WayChoice, choose_way, other_ways, ways
 from router.routing.decision import Cut, Decision, Ranking
 from router.routing.promotion import expected, with_rates
+from router.routing.shortlist import shortlist
 from router.routing.views import ClusterView, NodeView, RouteRequest, keep_kinds, serves
 
 IN_NEED = "in_need"
@@ -81,11 +82,13 @@ class Rules:
 
     `filters` are preferences: one that would leave nobody is passed over. `scorers`: with the weight of each; the
     weighted sum is a node's total. `pick(totals, turn)`: the place of the chosen one among one total or more.
+    `by_load`: the scorers ask of a node only its load and what it has of the prompt (`router.routing.shortlist`).
     """
 
     scorers: tuple[tuple[Scorer, float], ...] = ()
     filters: tuple[Filter, ...] = ()
     pick: Callable[[Sequence[float], int], int] = cheapest
+    by_load: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,13 +281,16 @@ def _rank(
             nodes = kept
     names = tuple([scorer.name for scorer, _ in rules.scorers])
     if not nodes:
-        return Ranking(role, (), (), names, ((),) * len(names), cuts, None)
+        return Ranking(role, (), (), names, ((),) * len(names), cuts, None, ())
+    usable = nodes
+    if rules.by_load:
+        nodes = shortlist(request, usable)
     columns = tuple([_weighted(scorer.score(request, nodes, decoder), weight) for scorer, weight in rules.scorers])
     totals: Sequence[float] = columns[0] if columns else no_scores(len(nodes))
     for column in columns[1:]:
         if column is not no_scores(len(nodes)):
             totals = list(map(add, totals, column))
-    return Ranking(role, nodes, totals, names, columns, cuts, rules.pick(totals, request.turn))
+    return Ranking(role, nodes, totals, names, columns, cuts, rules.pick(totals, request.turn), usable)
 
 
 def _cut(rule: Filter, before: Sequence[NodeView], kept: Sequence[NodeView], decoder: NodeView | None) -> Cut:

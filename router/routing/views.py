@@ -1,6 +1,6 @@
 """What a policy sees: the request, the usable nodes at one moment, and why the others are not. Values only."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -104,6 +104,12 @@ class NodeView:
     """By the other routers; their sequences are part of `sequences`."""
     tiers: TierRates = NO_TIERS
 
+    @property
+    def load(self) -> int:
+        """By which nodes of its role are in order: sequences of a decoder, tokens of a prefiller; 0 only if it has
+        nothing to do."""
+        return self.sequences if self.role is Role.DECODER else self.prefill_tokens or int(self.told is not None)
+
     def read_rate(self, machine: str, now: float, limits: RateLimits = RateLimits()) -> float:
         """Out of the memory of a machine, as far as that is known. Empty: of some other."""
         if machine and machine == self.machine:
@@ -138,15 +144,26 @@ class NodeKind(NamedTuple):
 
 
 class NodeViews(tuple[NodeView, ...]):
-    """Nodes of which is known what kinds are among them: with a thousand nodes of one kind nobody need look at each."""
+    """Nodes of which is known what kinds are among them and who has least to do: with a thousand nobody need look at
+    each."""
 
-    kinds: Iterable[NodeKind]
+    kinds: Collection[NodeKind]
+    by_load: Sequence[tuple[int, int, NodeView]] = ()
+    """(load, a number of its own, node), in this order."""
+    places: Mapping[str, int] = {}
+    """Of each node, by its name, among these."""
 
     @classmethod
-    def made(cls, nodes: Iterable[NodeView], kinds: Iterable[NodeKind]) -> "NodeViews":
-        """`kinds`: those of these nodes."""
+    def made(
+        cls,
+        nodes: Iterable[NodeView],
+        kinds: Collection[NodeKind],
+        by_load: Sequence[tuple[int, int, NodeView]],
+        places: Mapping[str, int],
+    ) -> "NodeViews":
+        """Of these nodes."""
         made = cls(nodes)
-        made.kinds = kinds
+        made.kinds, made.by_load, made.places = kinds, by_load, places
         return made
 
 

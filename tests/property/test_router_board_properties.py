@@ -94,3 +94,6 @@ def test_the_board_sees_what_a_look_at_every_node_sees(steps):
         assert board.view(float(now)) is board.view(float(now))
         for seen in (board.view(float(now)).prefillers, board.view(float(now)).decoders):
             assert isinstance(seen, NodeViews) and set(seen.kinds) == {NodeKind.of(view) for view in seen}
+            assert [view for _, _, view in seen.by_load] == sorted(seen, key=lambda view: view.load)
+            assert [seen[place].id for place in seen.places.values()] == list(seen.places)
+            assert len(seen.places) == len(seen)

@@ -6,4 +6,6 @@ from router.routing.scorers import PREFILL_TOKENS, SEQUENCES
 
 def make() -> Policy:
     """See router.routing.policy."""
-    return Policy(decoder=Rules(((SEQUENCES, 1.0),)), prefiller=Rules(((PREFILL_TOKENS, 1.0),)))
+    return Policy(
+        decoder=Rules(((SEQUENCES, 1.0),), by_load=True), prefiller=Rules(((PREFILL_TOKENS, 1.0),), by_load=True)
+    )

@@ -21,7 +21,10 @@ def make() -> Policy:
                 (REMOTE_TOKENS, REMOTE_TOKEN_COST),
                 (TIER_TOKENS, 1.0),
                 (SESSIONS, 1.0),
-            )
+            ),
+            by_load=True,
         ),
-        prefiller=Rules(scorers=((PREFILL_TOKENS, 1.0), (REMOTE_TOKENS, REMOTE_TOKEN_COST), (TIER_TOKENS, 1.0))),
+        prefiller=Rules(
+            scorers=((PREFILL_TOKENS, 1.0), (REMOTE_TOKENS, REMOTE_TOKEN_COST), (TIER_TOKENS, 1.0)), by_load=True
+        ),
     )

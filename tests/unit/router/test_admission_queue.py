@@ -113,7 +113,7 @@ def decoder(name: str, *, sequences: int = 0, places: int = 4, stay_s: float = 2
 
 def decided(prefillers: list[NodeView], decoders: list[NodeView], cached: int = 0) -> Decision:
     def ranking(role: Role, nodes: list[NodeView]) -> Ranking:
-        return Ranking(role, nodes, [0.0] * len(nodes), (), (), (), 0)
+        return Ranking(role, nodes, [0.0] * len(nodes), (), (), (), 0, nodes)
 
     first = prefillers[0].id if prefillers else None
     route = Route(prefiller=first, decoder=decoders[0].id, expected_cached_tokens=cached, reason="no_prefix")

@@ -126,7 +126,7 @@ async def test_a_node_that_comes_back_with_the_report_of_before_is_used_again() 
 def test_the_candidates_of_a_record_are_the_best_in_their_order(totals, limit, data):
     nodes = [NodeView(f"n{place}", Role.DECODER, b"", 1, 1) for place in range(len(totals))]
     chosen = data.draw(st.integers(0, len(totals) - 1))
-    ranking = Ranking(Role.DECODER, nodes, totals, (), (), (), chosen)
+    ranking = Ranking(Role.DECODER, nodes, totals, (), (), (), chosen, nodes)
     best = [place for place in nsmallest(limit, range(len(totals)), key=totals.__getitem__) if place != chosen]
     assert [one.node for one in ranking.candidates(limit)] == [f"n{place}" for place in [chosen, *best][:limit]]
 
