@@ -7,9 +7,9 @@ The router's own admission, policies and requests over nodes that are queues and
 (`tests/support/sim_caches.py`): an 8B model, 100 Gbit/s between nodes. Worlds: `store`, nodes of ours; `plain`, vLLM
 servers, each with a cache of its own. Arrivals: the trace's ticks of 3 s as bursts, or spread over them. `--loads`: of
 the prefillers, if all were cached that can be. Besides the policies that a cluster file can name, `text_tree`, as
-SGLang's router chooses (`benchmarks/text_tree.py`). TRACE: Mooncake's (github.com/kvcache-ai/Mooncake,
-FAST25-release/traces/conversation_trace.jsonl), or `talks`: conversations made here, with more in common. The last line
-is `RESULT` and JSON.
+SGLang's router chooses (`benchmarks/text_tree.py`), and `ideal`: one queue and one cache for all prefillers. TRACE:
+Mooncake's (github.com/kvcache-ai/Mooncake, FAST25-release/traces/conversation_trace.jsonl), or `talks`: conversations
+made here, with more in common. The last line is `RESULT` and JSON.
 """
 
 import argparse
@@ -22,16 +22,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from support.sim_caches import Asked, CachingMachine, TraceLoad
-from support.sim_trace import Figures, asked_of, read_rows, run_trace, stretch_of, talks
+from support.sim_trace import Figures, asked_of, ideal_figures, read_rows, run_trace, stretch_of, talks
 
 from benchmarks.text_tree import TextTree
 from kvcore.config.routing import RoutingPolicy
 
-TEXT_TREE = "text_tree"
+TEXT_TREE, IDEAL = "text_tree", "ideal"
 
 
 def figures(asked: list[Asked], machine: CachingMachine, policy: str) -> Figures:
     """One run."""
+    if policy == IDEAL:
+        return ideal_figures(asked, machine)
     if policy != TEXT_TREE:
         return run_trace(asked, machine, policy=RoutingPolicy(policy))[0]
 
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4], help="prefillers, and as many decoders")
     parser.add_argument("--worlds", nargs="+", choices=["store", "plain"], default=["store", "plain"])
     parser.add_argument("--arrivals", nargs="+", choices=["jittered", "bursts"], default=["jittered", "bursts"])
-    parser.add_argument("--only", nargs="+", default=[*(policy.value for policy in RoutingPolicy), TEXT_TREE])
+    parser.add_argument("--only", nargs="+", default=[*(policy.value for policy in RoutingPolicy), TEXT_TREE, IDEAL])
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     made = options.trace == "talks"

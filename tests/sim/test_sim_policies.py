@@ -63,6 +63,19 @@ def test_prompts_that_begin_alike_go_to_one_server_before_it_has_computed_any(to
     run_sim(main)
 
 
+def test_a_plain_server_finds_what_the_prompt_before_has_computed() -> None:
+    """And not only what was there when the prompt came, which would make waiting at the right server worthless."""
+
+    async def main() -> None:
+        load = TraceLoad(CachingMachine(1, 1, plain=True))
+        await load.prober.probe()
+        await asyncio.gather(*(load.send(Flow(0), [*[5] * 8000, number]) for number in range(2)))
+        prefills = [leg for record in load.log.newest() for leg in record.legs if leg.kind == "prefill"]
+        assert sorted(leg.computed_tokens or 0 for leg in prefills) == [8001 - 31 * 256, 8001]
+
+    run_sim(main)
+
+
 def test_a_decoder_that_waits_for_a_prompt_does_not_count_as_one_that_has_it() -> None:
     """Else it computes the next one that begins alike all by itself."""
 

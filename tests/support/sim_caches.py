@@ -187,9 +187,8 @@ class CachingNode(QueueNode):
             self._store.claimed.update(claims)
         try:
             loaded_s = loop.time() - started
-            tokens = len(request.prompt_token_ids) - cached * of.chunk_tokens
-            timings = changed(await self._compute(tokens), load_s=loaded_s)
-            self._cached.use(keys)
+            timings, cached = await self._compute_rest(keys, cached, len(request.prompt_token_ids))
+            timings = changed(timings, load_s=loaded_s)
             if not of.plain:
                 self._store.put((request.prefer_segment or self.id).partition(".")[0], self.id, claims)
         finally:
@@ -198,7 +197,7 @@ class CachingNode(QueueNode):
         return PrefillResult(
             request_id=request.request_id,
             cached_tokens=cached * of.chunk_tokens,
-            computed_tokens=tokens,
+            computed_tokens=len(request.prompt_token_ids) - cached * of.chunk_tokens,
             stored_chunks=0 if of.plain else len(keys),
             moved=moved,
             timings=Timings() if of.plain else timings,  # vLLM says nothing of its own
@@ -240,13 +239,25 @@ class CachingNode(QueueNode):
             moved, cached = await self._moved(0, Counter({"": len(keys) - cached})), len(keys)
         else:
             moved = []
+        timings, cached = await self._compute_rest(keys, cached, prompt)
         computed = prompt - cached * of.chunk_tokens
-        timings = await self._compute(computed)
-        self._cached.use(keys)
         if not of.plain:
             self._store.put(self.id, self.id, keys[cached:])
             return computed, moved, timings
         return computed, [], Timings()  # vLLM says nothing of them
+
+    async def _compute_rest(self, keys: Sequence[ChunkKey], cached: int, prompt: int) -> tuple[Timings, int]:
+        """The rest of a prompt, of which so many chunks are cached. A plain server looks for them when the turn of the
+        prompt comes, as vLLM's scheduler does: by then the one before may have left its beginning."""
+
+        def rest() -> int:
+            nonlocal cached
+            cached = max(cached, self._cached.prefix(keys) if self._of.plain else 0)
+            return prompt - cached * self._of.chunk_tokens
+
+        timings = await self._compute(rest)
+        self._cached.use(keys)
+        return timings, cached
 
     def _keys(self, prompt: Sequence[int]) -> list[ChunkKey]:
         size = self._of.chunk_tokens

@@ -80,12 +80,13 @@ class QueueNode:
         self.read_rate: float | None = None
         self.has_shared = name == "d0"
 
-    async def _compute(self, tokens: int) -> Timings:
+    async def _compute(self, tokens: int | Callable[[], int]) -> Timings:
+        """So many, or as many as it is asked for when its turn comes."""
         loop = asyncio.get_running_loop()
         arrived = loop.time()
         async with self._computing:
             started = loop.time()
-            await asyncio.sleep(tokens / self._machine.prefill_rate)
+            await asyncio.sleep((tokens if isinstance(tokens, int) else tokens()) / self._machine.prefill_rate)
             return Timings(queue_s=started - arrived, compute_s=loop.time() - started, total_s=loop.time() - arrived)
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:

@@ -1,5 +1,6 @@
 """Traces of prompts for `support.sim_caches`, read from a file or made here, and what a run over one came to."""
 
+import heapq
 import json
 import random
 import statistics
@@ -65,15 +66,15 @@ def asked_of(rows: Sequence[Row], stretch: float, *, bursts: bool, seed: int = 1
     return sorted(asked, key=lambda one: one.at_s)
 
 
-def ideal_hits(asked: Iterable[Asked], chunk_tokens: int, capacity_tokens: int) -> int:
-    """Prompt tokens that need not be computed where one cache of that size serves all in their order."""
-    cache, found, most = OrderedDict[int, None](), 0, capacity_tokens // chunk_tokens
+def ideal_cached(asked: Iterable[Asked], chunk_tokens: int, capacity_tokens: int) -> list[int]:
+    """Of each prompt the tokens that need not be computed where one cache of that size serves all in their order."""
+    cache, found, most = OrderedDict[int, None](), list[int](), capacity_tokens // chunk_tokens
     for one in asked:
         ends, name = range(chunk_tokens, len(one.prompt) + 1, chunk_tokens), 0
         names = [name := hash((name, *one.prompt[end - chunk_tokens : end])) for end in ends]
         usable = names[: (len(one.prompt) - 1) // chunk_tokens]
         hits = next((place for place, each in enumerate(usable) if each not in cache), len(usable))
-        found += hits * chunk_tokens
+        found.append(hits * chunk_tokens)
         for each in reversed(names):
             cache[each] = None
             cache.move_to_end(each)
@@ -104,9 +105,25 @@ def capacity(machine: CachingMachine) -> int:
 def stretch_of(rows: Sequence[Row], machine: CachingMachine, load: float) -> float:
     """By what times of a trace are multiplied so that its prefillers are so busy if all that can be cached is."""
     asked = asked_of(rows, 1.0, bursts=True)
-    computed = sum(row.tokens for row in rows) - ideal_hits(asked, machine.chunk_tokens, capacity(machine))
+    computed = sum(row.tokens for row in rows) - sum(ideal_cached(asked, machine.chunk_tokens, capacity(machine)))
     last_s = rows[-1].at_s + TICK_S
     return computed / (machine.prefill_rate * machine.prefillers * load * last_s)
+
+
+def ideal_figures(asked: Sequence[Asked], machine: CachingMachine) -> Figures:
+    """What prefillers with one queue, in order of arrival, and one cache as large as all of theirs would come to: none
+    is idle while a prompt waits, and none computes what another one has. Only what was computed is handed over. Who
+    chooses among nodes with caches of their own can hardly do better, unless short prompts overtake."""
+    cached = ideal_cached(asked, machine.chunk_tokens, capacity(machine))
+    free, ttft = [0.0] * machine.prefillers, list[float]()
+    for one, hits in zip(asked, cached, strict=True):
+        computed = len(one.prompt) - hits
+        done_s = max(heapq.heappop(free), one.at_s) + computed / machine.prefill_rate
+        heapq.heappush(free, done_s)
+        handed_s = computed * machine.token_bytes / machine.far_rate
+        ttft.append(done_s - one.at_s + handed_s + 2 * machine.net_s + machine.step_s)
+    rate = sum(cached) / sum(len(one.prompt) for one in asked)
+    return _figures(rate, rate, ttft, [one.at_s for one in asked], refused=0.0)
 
 
 def run_trace(
@@ -123,18 +140,19 @@ def run_trace(
     load = loads[0]
     answered = [record for record in load.records if record.state == "ok"]
     tokens, hits = (sum(getattr(one, name) for one in answered) for name in ("prompt_tokens", "cached_tokens"))
-    ttft = sorted(one.ttft_s for one in seen if one.ttft_s is not None)
-    last_s = max(one.at_s for one in seen) - min(one.at_s for one in seen) + TICK_S
-    ideal = ideal_hits(asked, machine.chunk_tokens, capacity(machine)) / sum(len(one.prompt) for one in asked)
-    rate = hits / tokens
-    return (
-        Figures(
-            hit_rate=rate,
-            of_ideal=rate / ideal,
-            ttft_p50_s=statistics.median(ttft),
-            ttft_p99_s=ttft[int(0.99 * len(ttft))],
-            goodput=sum(one < 1.0 for one in ttft) / last_s,
-            refused=sum(one.error is not None for one in seen) / len(seen),
-        ),
-        load,
+    ideal = sum(ideal_cached(asked, machine.chunk_tokens, capacity(machine))) / sum(len(one.prompt) for one in asked)
+    ttft = [one.ttft_s for one in seen if one.ttft_s is not None]
+    refused = sum(one.error is not None for one in seen) / len(seen)
+    return _figures(hits / tokens, ideal, ttft, [one.at_s for one in seen], refused=refused), load
+
+
+def _figures(rate: float, ideal: float, ttft: list[float], at_s: list[float], *, refused: float) -> Figures:
+    last_s, ttft = max(at_s) - min(at_s) + TICK_S, sorted(ttft)
+    return Figures(
+        hit_rate=rate,
+        of_ideal=rate / ideal,
+        ttft_p50_s=statistics.median(ttft),
+        ttft_p99_s=ttft[int(0.99 * len(ttft))],
+        goodput=sum(one < 1.0 for one in ttft) / last_s,
+        refused=refused,
     )
