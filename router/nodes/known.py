@@ -154,6 +154,7 @@ class KnownNode:
             doubtful=doubtful,
             lacks=self.lacks,
             adapters=known.adapters if known is not None else frozenset(report.engine.adapters),
+            takes_documents=not report.engine.refuses_documents,
             prefills=self.prefills,
             told=self.told,
             computing_since=self.computing_since,

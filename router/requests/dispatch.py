@@ -194,12 +194,15 @@ class Dispatcher:
         cluster = self._services.cluster
         view = cluster.view()
         prompt, whole_prompt = spec.prompt_token_ids, spec.sampling.prompt_logprobs is not None
+        hits = {} if whole_prompt else cluster.hits(view, prompt, spec.cache_salt, spec.keys)
+        told = spec.documents.told if spec.documents is not None else None
         request = RouteRequest(
             prompt_tokens=len(prompt),
             completion_tokens=spec.sampling.max_tokens,
             min_prefill_tokens=0 if decoder else self._services.config.min_prefill_tokens,
             turn=turn,
-            hits={} if whole_prompt else cluster.hits(view, prompt, spec.cache_salt, spec.keys),
+            hits=hits,
+            documents={} if told is None else cluster.caches.document_hits(view, told, spec.keys_of_documents, hits),
             exclude=exclude,
             decoder=decoder,
             fingerprint=fingerprint,

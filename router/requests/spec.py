@@ -7,7 +7,10 @@ answers them (`router.answering`, `router.requests`) knows these alone.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvcore.documents.keys import keys_of_documents
+from kvcore.types import ChunkKey
 from nodeapi.sampling import SamplingParams
+from router.documents.hits import KeptDocumentKeys
 from router.documents.named import NamedDocuments
 from router.parsing.dialects import Dialect
 from router.requests.hints import CacheHint
@@ -159,6 +162,19 @@ class RequestSpec:
     """That the client names in it. None: it names none."""
     keys: KeptKeys = field(default_factory=dict, init=False, repr=False, compare=False)
     """Of its chunks, once they were looked for. A spec that is made of this one begins without."""
+
+    document_keys: KeptDocumentKeys = field(default_factory=dict, init=False, repr=False, compare=False)
+    """As `keys`, of its documents."""
+
+    def keys_of_documents(self, fingerprint: bytes, chunk_tokens: int) -> list[list[ChunkKey]]:
+        """Of each document that it names."""
+        kept, named = self.document_keys, self.documents
+        if (fingerprint, chunk_tokens) not in kept:
+            where = (0, ()) if named is None else (named.header, named.spans)
+            kept[fingerprint, chunk_tokens] = keys_of_documents(
+                fingerprint, self.cache_salt, self.prompt_token_ids, *where, chunk_tokens=chunk_tokens
+            )
+        return kept[fingerprint, chunk_tokens]
 
     @property
     def rows(self) -> int:

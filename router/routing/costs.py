@@ -173,6 +173,7 @@ def _by(request: RouteRequest, node: NodeView, decoder: NodeView, promotion: Pro
     near, far, *handing = (move.seconds for move in _moves(request, node, decoder, promotion))
     load_s = near + far
     rest = request.prompt_tokens - _chunks(request, node, promotion)[1] * node.chunk_tokens
+    rest -= request.documents_for(node).in_reach
     if not node.prefill_rate and rest > node.chunk_tokens:  # a part of a chunk takes the one step
         return None
     if float("inf") in (load_s, promotion.seconds):

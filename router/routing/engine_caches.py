@@ -4,18 +4,21 @@ Owns no index and no guess of its own: it asks `index`, and `held` beside it or,
 ours, `sent` alone. What lies in tiers `tiers` says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from kvcore.chunk_keys import prompt_keys, usable_chunks
+from kvcore.types import ChunkKey
+from nodeapi.documents import Documents
 from nodeapi.messages import EngineInfo
+from router.documents.hits import DocumentHits, document_hits
 from router.routing.held import HeldPrefixes
 from router.routing.index import KeptKeys, PrefixHits, PrefixIndex
 from router.routing.parted_index import PartedIndex
 from router.routing.sent import SentPrefixes
 from router.routing.tier_index import TierIndex
 from router.routing.told import ToldPrefixes
-from router.routing.views import ClusterView
+from router.routing.views import NO_HITS, ClusterView
 
 
 class EngineCaches:
@@ -92,6 +95,28 @@ class EngineCaches:
                     keys = kept[kind] = prompt_keys(node.fingerprint, salt, prompt_token_ids, node.chunk_tokens)[:count]
                 in_memory = self._placed(self._index.find(keys))
                 found[node.fingerprint] = self._tiers.behind(self._held.with_these(in_memory, keys), keys)
+        return found
+
+    def document_hits(
+        self,
+        view: ClusterView,
+        told: Documents,
+        keys_of: Callable[[bytes, int], Sequence[Sequence[ChunkKey]]],
+        hits: Mapping[bytes, PrefixHits],
+    ) -> dict[bytes, DocumentHits]:
+        """Where documents are, for each kind of KV of those who may decode and take them. `keys_of`: of each, by
+        fingerprint and size of chunks. `hits`: of their prompt, as those go first."""
+        found: dict[bytes, DocumentHits] = {}
+        for node in (view.decoders or view.prefillers) if self._sent is None else ():
+            if node.takes_documents and node.fingerprint not in found:
+                size, prefix = node.chunk_tokens, hits.get(node.fingerprint, NO_HITS)
+                found[node.fingerprint] = document_hits(
+                    told,
+                    keys_of(node.fingerprint, size),
+                    lambda keys: self._tiers.behind(self._index.find(keys), keys),
+                    cached_tokens=(prefix.longest + prefix.in_tiers) * size,
+                    chunk_tokens=size,
+                )
         return found
 
     def _placed(self, found: PrefixHits) -> PrefixHits:

@@ -220,8 +220,14 @@ def _without_doubt(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView
     return keep_kinds(nodes, lambda node: not node.doubtful)
 
 
+def _documents_taken(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
+    return keep_kinds(nodes, lambda node: node.takes_documents) if request.documents else nodes
+
+
 _NOT_DOUBTFUL = Filter("slow or silent a moment ago", _without_doubt)
 """A preference, as those of a policy: one that would leave nobody is passed over."""
+_TAKES_DOCUMENTS = Filter("takes no documents", _documents_taken)
+"""A preference too."""
 _OTHER_KV = Filter("its KV is not what the decoder reads", _of_the_decoders_kv, _what_differs)
 _NO_ADAPTER = Filter("does not serve the adapter, or has other files of it", _serve_the_adapter)
 DECODER_FILTERS = (
@@ -243,6 +249,8 @@ def _prefiller_unneeded(request: RouteRequest, decoder: NodeView) -> tuple[int, 
     """(Prompt tokens cached somewhere, why the decoder computes the rest itself; None: it needs a prefiller.)"""
     if request.whole_prompt:
         return 0, "prompt_logprobs"
+    if request.documents:
+        return _prefiller_of_documents_unneeded(request, decoder)
     chunk_tokens = decoder.chunk_tokens
     full_chunks = usable_chunks(request.prompt_tokens, chunk_tokens)
     cached = _cached_tokens(request, decoder)
@@ -251,8 +259,24 @@ def _prefiller_unneeded(request: RouteRequest, decoder: NodeView) -> tuple[int, 
     return cached, "short_rest" if request.prompt_tokens - cached < request.min_prefill_tokens else None
 
 
+def _prefiller_of_documents_unneeded(request: RouteRequest, decoder: NodeView) -> tuple[int, str | None]:
+    """As above. A prefiller computes documents and what they are behind; all the rest is the decoder's in any case."""
+    cached = _cached_tokens(request, decoder)
+    if decoder.takes_documents:
+        left = request.documents_for(decoder).left(_cached_prefix(request, decoder))
+    else:
+        left = request.prompt_tokens - cached
+    if left <= 0:
+        return cached, "all_chunks_cached"
+    return cached, "short_rest" if left < request.min_prefill_tokens else None
+
+
 def _cached_tokens(request: RouteRequest, node: NodeView) -> int:
     """Of the prompt, what this node would not have to compute."""
+    return _cached_prefix(request, node) + request.documents_for(node).in_reach
+
+
+def _cached_prefix(request: RouteRequest, node: NodeView) -> int:
     usable = usable_chunks(request.prompt_tokens, node.chunk_tokens)
     in_memory = min(request.hits_for(node).in_reach_of(node.id), usable)
     return (in_memory + expected(request, node).chunks) * node.chunk_tokens
@@ -274,7 +298,7 @@ def _rank(
         if len(kept) != len(nodes):
             cuts += (_cut(rule, nodes, kept, decoder),)
             nodes = kept
-    for rule in (_NOT_DOUBTFUL, *rules.filters):
+    for rule in (_NOT_DOUBTFUL, _TAKES_DOCUMENTS, *rules.filters):
         kept = rule.keep(request, nodes, decoder)
         if kept and len(kept) != len(nodes):
             cuts += (_cut(rule, nodes, kept, decoder),)

@@ -30,6 +30,13 @@ def _prefill_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: N
 
 
 def _remote_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
+    tokens = _remote_prefix(request, nodes)
+    if not any(hits.in_reach for hits in request.documents.values()):
+        return tokens
+    return [number + request.documents_for(node).elsewhere(node.id) for number, node in zip(tokens, nodes, strict=True)]
+
+
+def _remote_prefix(request: RouteRequest, nodes: Sequence[NodeView]) -> Sequence[float]:
     if not any(hits.longest for hits in request.hits.values()):
         return no_scores(len(nodes))
     if any(hits.each_its_own for hits in request.hits.values()):  # what it lacks it computes: no loading

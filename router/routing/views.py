@@ -9,6 +9,7 @@ import msgspec
 from kvcore.types import KVSpec, Role
 from nodeapi.adapters import ServedAdapter
 from nodeapi.messages import TierReport
+from router.documents.hits import NO_DOCUMENTS, DocumentHits
 from router.routing.index import PrefixHits
 from router.routing.limits import RateLimits
 from router.routing.rates import Doubt, PairRate, RateKind
@@ -100,6 +101,7 @@ class NodeView:
     doubts: Mapping[tuple[RateKind, str], Doubt] = field(default_factory=dict)
     """What may be doubted of these rates; the machine is that of `put`, or empty."""
 
+    takes_documents: bool = False
     told: ToldWork | None = None
     """By the other routers; their sequences are part of `sequences`."""
     tiers: TierRates = NO_TIERS
@@ -136,11 +138,13 @@ class NodeKind(NamedTuple):
     doubtful: bool
     lacks: frozenset[str] = frozenset()
     adapters: frozenset[ServedAdapter] = frozenset()
+    takes_documents: bool = False
 
     @classmethod
     def of(cls, node: NodeView) -> "NodeKind":
         """This one's."""
-        return cls(node.fingerprint, node.max_context, node.doubtful, node.lacks, node.adapters)
+        fits = node.fingerprint, node.max_context, node.doubtful
+        return cls(*fits, node.lacks, node.adapters, node.takes_documents)
 
 
 class NodeViews(tuple[NodeView, ...]):
@@ -221,10 +225,16 @@ class RouteRequest:
     """The identity of the one that its nodes must serve; empty: the model alone."""
     whole_prompt: bool = False
     """Its decoder computes all of it, whatever is cached: logprobs of its tokens are wanted, which KV does not have."""
+    documents: Mapping[bytes, DocumentHits] = field(default_factory=dict)
+    """As `hits`, of the kinds of KV of which nodes take documents; empty: the prompt has none that are reused."""
     compute_rate: float = 0.0
     """Of the fastest node that could compute the prompt for a decoder, …"""
     peer_rate: float = 0.0
     """… and of the fastest disk that holds some of it, in bytes; 0: not known, or nothing lies in a tier."""
+
+    def documents_for(self, node: NodeView) -> DocumentHits:
+        """Where the prompt's documents are, if this node takes them."""
+        return self.documents.get(node.fingerprint, NO_DOCUMENTS) if node.takes_documents else NO_DOCUMENTS
 
     def hits_for(self, node: NodeView) -> PrefixHits:
         """Where the prompt's chunks of this node's kind of KV are."""

@@ -417,7 +417,7 @@ class SimCluster:
         answer = Answer(wanted, [[] for _ in range(n)], [False] * n)
         self.answers.append(answer)
         await asyncio.sleep(max(0.0, wanted.at_s - self.clock.now()))
-        spec = RequestSpec(wanted.id, wanted.prompt, wanted.sampling, wanted.salt)
+        spec = RequestSpec(wanted.id, wanted.prompt, wanted.sampling, wanted.salt, documents=wanted.documents)
         while not answer.accepted:
             if self._waits:
                 await self.no_node.until_up([wanted.prompt], self._told)

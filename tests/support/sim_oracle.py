@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from msgspec.structs import replace
+from support.sim_documents import chunks_of_documents, explains
 from support.sim_nodes import MODEL
 from support.sim_plan import Plan, Wanted
 
@@ -53,6 +54,11 @@ class Oracle:
         expected = self.expected(wanted, engine)[index]
         if tokens == (expected if whole else expected[: len(tokens)]):
             return True
+        if wanted.documents is not None and not wanted.documents.why:
+            begins = [
+                len(leg.output_token_ids) for name, leg in self._legs.items() if name.startswith(f"{wanted.id}.d")
+            ]
+            return explains(engine, wanted, tokens, begins, whole=whole)
         for name, leg in self._legs.items():
             done = leg.output_token_ids
             if name.startswith(f"{wanted.id}.d") and leg.sampling.n < wanted.sampling.n and done == tokens[: len(done)]:
@@ -72,6 +78,8 @@ class Oracle:
     def _add_chunks(self, known: dict[bytes, bytes], engine: SimEngineConfig, requests: Sequence[Wanted]) -> None:
         size = self._chunk_tokens
         fingerprint = sim_spec(engine, MODEL, size).fingerprint
+        for wanted in requests:
+            known.update(chunks_of_documents(engine, fingerprint, wanted, size))
         for salt, tokens in self._token_lists(engine, requests):
             adapter, _ = split_adapter(salt)
             arithmetic = Arithmetic(engine.weights_version, engine.bytes_per_token, engine.vocab_size, adapter)

@@ -10,6 +10,7 @@ from kvcore.config.schema import SimEngineConfig, StoreConfig
 from kvcore.eviction.evictor import POLICY_NAMES
 from nodeapi.adapters import ServedAdapter
 from nodeapi.sampling import SamplingParams
+from router.documents.named import NamedDocuments
 
 CHUNK, BLOCK = 32, 8
 LOAD_S = 2.5
@@ -28,6 +29,8 @@ class Wanted:
     sampling: SamplingParams
     leaves_after: int | None
     salt: bytes = b""
+    documents: NamedDocuments | None = None
+    """As the gate has let them pass. With n = 1 (`support.sim_documents`)."""
 
 
 @dataclass(frozen=True)
