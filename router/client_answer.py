@@ -14,12 +14,18 @@ import msgspec
 
 from nodeapi.messages import FinishReason, TokenLogprob
 from nodeapi.prompt_logprobs import PromptLogprobs
+from router.parsing.dialects import AnswerParser
+from router.parsing.forced import ForcedParser
+from router.parsing.one_call import SecondCall
 from router.requests.events import Emit
 from router.requests.run import RequestRun
-from router.requests.spec import AnswerRequest
+from router.requests.spec import AnswerReading, AnswerRequest
 from router.text.detokenizer import Detokenizer, StopChecker
 from router.text.repetition import RepetitionWatch
 from router.text.tokenizer import Tokenizer
+
+_PROMPT_END_TOKENS = 32
+"""Of the prompt, in which the template may have opened the reasoning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +106,17 @@ class _TextChoice:
     min_tokens: int
     stop_token_ids: Sequence[int]
     repetition: RepetitionWatch | None = None
+    calls: SecondCall | None = None
+    """Where one call is all that there may be."""
     num_tokens: int = 0
-    repeats: bool = False
-    """It ends with the last token that was read, as it repeats itself."""
+    over: str = ""
+    """Why it ends with the last token that was read; empty: it does not, or for another reason."""
 
     def read(self, token_ids: Sequence[int]) -> tuple[str, bool]:
         """(the text that these tokens complete, whether a stop string was found). Tokens after the one that completes
         the stop string, or with which the answer repeats itself, are not read, so that what counts does not depend on
-        how many came at once."""
-        if not self.stops.stops and self.repetition is None:
+        how many came at once; nor are those with which a call begins that may not be made."""
+        if not self.stops.stops and self.repetition is None and self.calls is None:
             self.num_tokens += len(token_ids)
             return self.detokenizer.feed(token_ids), False
         pieces: list[str] = []
@@ -117,8 +125,11 @@ class _TextChoice:
             self.num_tokens += 1
             text, stop_found = self.stops.feed(self.detokenizer.feed([token_id]), may_stop=self._may_stop)
             pieces.append(text)
-            self.repeats = self.repetition is not None and self.repetition.feed(token_id)
-            if stop_found or self.repeats:
+            if self.repetition is not None and self.repetition.feed(token_id):
+                self.over = "repetition"
+            elif self.calls is not None and self.calls.feed(text):
+                self.over = FinishReason.STOP.value
+            if stop_found or self.over:
                 break
         return "".join(pieces), stop_found
 
@@ -159,6 +170,11 @@ class ClientAnswer:
     def prompt_token_ids(self, index: int) -> list[int]:
         """The prompt of choice `index`."""
         return self._specs[self.prompt_of(index)].prompt_token_ids
+
+    def parser(self, index: int, reading: AnswerReading) -> AnswerParser | ForcedParser:
+        """What tells choice `index` apart, from its first character on."""
+        end = self.prompt_token_ids(index)[-_PROMPT_END_TOKENS:]
+        return reading.parser(self._tokenizer.decode(end, skip_special_tokens=False))
 
     def choices_of(self, prompt: int) -> range:
         """The choices of the prompt at this place."""
@@ -235,7 +251,7 @@ class ClientAnswer:
             await queue.put(error)
 
     async def _pieces_of_run(self, number: int, sink: PieceSink | None = None) -> AsyncGenerator[TextPiece]:
-        run, spec, repetition = self._runs[number], self._specs[number], self._repetition
+        run, spec, repetition, reading = self._runs[number], self._specs[number], self._repetition, self.reading
         first = self.choices_of(number)[0]
         choices = [
             _TextChoice(
@@ -244,6 +260,7 @@ class ClientAnswer:
                 spec.sampling.min_tokens,
                 spec.sampling.stop_token_ids,
                 RepetitionWatch(repetition, spec.sampling.min_tokens) if repetition is not None else None,
+                SecondCall(self.parser(first, reading)) if reading is not None and reading.one_call else None,
             )
             for _ in range(spec.sampling.n)
         ]
@@ -276,16 +293,18 @@ class ClientAnswer:
                     yield piece
 
     def _piece(self, first: int, choice: _TextChoice, emit: Emit) -> tuple[TextPiece, bool]:
-        """(what this output adds to its choice, whether the router ends that: it has a stop string or repeats itself).
-        Where the engine has ended it with the same token, that is what is said."""
+        """(what this output adds to its choice, whether the router ends that: it has a stop string, repeats itself or
+        calls too much). Where the engine has ended it with the same token, that is what is said."""
         before = choice.num_tokens
         is_text = emit.stop_token_id is None or self._text.include_stop
         visible = emit.token_ids if is_text else emit.token_ids[:-1]
         text, stop_found = choice.read(visible)
-        repeats = choice.repeats and (emit.finish_reason is None or choice.num_tokens - before < len(emit.token_ids))
-        if (emit.finish_reason is not None or repeats) and not stop_found:
+        over = choice.over
+        if emit.finish_reason is not None and choice.num_tokens - before == len(emit.token_ids):
+            over = ""
+        if (emit.finish_reason is not None or over) and not stop_found:
             text += choice.stops.flush()  # a character that is not whole is no text, as with vLLM
-        if not (stop_found or repeats):
+        if not (stop_found or over):
             choice.num_tokens = before + len(emit.token_ids)  # a stop token is counted though not read
         count = choice.num_tokens - before
         self.completion_tokens += count
@@ -297,7 +316,7 @@ class ClientAnswer:
             said = None
         if self.shown.scoring.prompt_alone:
             text, logprobs = "", []
-        if repeats and not stop_found:
-            reason, said = "repetition", "repetition_detected"  # as vLLM says it
+        if over and not stop_found:
+            reason, said = over, "repetition_detected" if over == "repetition" else None  # as vLLM says it
         piece = TextPiece(first + emit.index, text, logprobs, reason, ids, said)
-        return piece, stop_found or repeats
+        return piece, stop_found or bool(over)

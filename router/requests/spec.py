@@ -12,7 +12,8 @@ from kvcore.types import ChunkKey
 from nodeapi.sampling import SamplingParams
 from router.documents.hits import KeptDocumentKeys
 from router.documents.named import NamedDocuments
-from router.parsing.dialects import Dialect
+from router.parsing.dialects import AnswerParser, Dialect
+from router.parsing.forced import ForcedParser
 from router.requests.hints import CacheHint
 from router.routing.index import KeptKeys
 from router.text.repetition import Repetition
@@ -130,13 +131,19 @@ class AnswerReading:
     tools: Mapping[str, Mapping[str, object]] | None = None
     shows_reasoning: bool = True
     one_call: bool = False
-    """Calls after the first are left out."""
+    """The answer ends where it begins to call another."""
     continues: bool = False
     """The answer goes on with the last message."""
     in_json: bool = False
     """Calls had to be made, and in another form than the dialect's: as a list in JSON."""
     only: str = ""
     """The one function that had to be called; `in_json`: its arguments are all there is."""
+
+    def parser(self, prompt_end: str) -> AnswerParser | ForcedParser:
+        """Of one answer, to a prompt that ends so."""
+        if self.in_json:
+            return ForcedParser(self.dialect, self.only, prompt_end, continues=self.continues)
+        return AnswerParser(self.dialect, self.tools, prompt_end, continues=self.continues)
 
 
 @dataclass(frozen=True, slots=True)

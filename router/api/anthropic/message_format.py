@@ -31,7 +31,7 @@ class MessagesFormatter:
         self._answer = answer
         self._model = model
         reading = answer.reading or _PLAIN
-        self._choice = ReadChoice(answer, 0, reading, tokenizer)
+        self._choice = ReadChoice(answer, 0, reading)
         self._open: str | None = None
         """The type of the block that has begun and not ended."""
         self._count = 0

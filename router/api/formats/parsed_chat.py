@@ -30,7 +30,7 @@ class ParsedChatFormatter(ChatFormatter):
     ) -> None:
         super().__init__(answer, model, created, tokenizer)
         self._only, self._thinks = reading.only, bool(reading.dialect.thinks)
-        self._choices = [ReadChoice(answer, index, reading, tokenizer) for index in range(answer.num_choices)]
+        self._choices = [ReadChoice(answer, index, reading) for index in range(answer.num_choices)]
 
     def chunk(self, piece: TextPiece) -> bytes:
         """See Formatter."""

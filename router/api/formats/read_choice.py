@@ -6,14 +6,9 @@ import string
 import msgspec
 
 from router.client_answer import ClientAnswer
-from router.parsing.dialects import AnswerParser
 from router.parsing.events import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
-from router.parsing.forced import ForcedParser
 from router.requests.spec import AnswerReading
-from router.text.tokenizer import Tokenizer
 
-_PROMPT_END_TOKENS = 32
-"""Of the prompt, in which the template may have opened the reasoning."""
 _SHORT_ID = string.ascii_letters + string.digits
 
 
@@ -37,15 +32,9 @@ class ToolCall(msgspec.Struct):
 class ReadChoice:
     """What was told apart of one choice. A `Delta` is what an event adds to its message."""
 
-    def __init__(self, answer: ClientAnswer, index: int, reading: AnswerReading, tokenizer: Tokenizer) -> None:
+    def __init__(self, answer: ClientAnswer, index: int, reading: AnswerReading) -> None:
         """Choice `index` of an answer."""
-        end = tokenizer.decode(answer.prompt_token_ids(index)[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
-        self._parser: AnswerParser | ForcedParser
-        if reading.in_json:
-            self._parser = ForcedParser(reading.dialect, reading.only, end, continues=reading.continues)
-        else:
-            self._parser = AnswerParser(reading.dialect, reading.tools, end, continues=reading.continues)
-        self._reading = reading
+        self._parser, self._reading = answer.parser(index, reading), reading
         self.texts: dict[type[Event], list[str]] = {Content: [], Reasoning: []}
         self.calls: list[ToolCall] = []
         self._begun = 0

@@ -119,10 +119,16 @@ async def test_tool_choice_says_whether_calls_are_read(choice: str | None) -> No
         assert rig.log.total == 1
 
 
-async def test_one_call_where_no_more_are_wanted() -> None:
-    async with asking(CALLS, "hermes") as (http, _):
-        assert called((await whole(http, parallel_tool_calls=False))["message"]) == WANTED[:1]
-        assert called((await streamed(http, parallel_tool_calls=False))[0]["message"]) == WANTED[:1]
+async def test_an_answer_ends_where_a_call_begins_that_is_not_wanted() -> None:
+    up_to_its_name = CALLS[: CALLS.index(" {}}")].encode()
+    async with asking(CALLS, "hermes") as (http, rig):
+        reply = (await http.post("/v1/chat/completions", json={**CHAT, "parallel_tool_calls": False})).json()
+        (choice,) = reply["choices"]
+        assert called(choice["message"]) == WANTED[:1] and choice["finish_reason"] == "tool_calls"
+        assert reply["usage"]["completion_tokens"] == len(up_to_its_name) < len(CALLS.encode())
+        cut, _ = await streamed(http, parallel_tool_calls=False)
+        assert called(cut["message"]) == WANTED[:1] and cut["finish_reason"] == "tool_calls"
+        assert rig.log.total == 2
 
 
 async def test_reasoning_is_left_out_for_who_does_not_want_it() -> None:
