@@ -42,12 +42,14 @@ class ResponsesFormatter(OpenAIFormatter[msgspec.Raw]):
     ) -> None:
         super().__init__(answer, model, created, tokenizer)
         self._asked, self._items, self._keep = asked, items, keep
-        self._choice = ReadChoice(answer, 0, answer.reading or _PLAIN_TEXT, tokenizer)
+        self._choice = ReadChoice(answer, 0, answer.reading or _PLAIN_TEXT)
         self._output = OutputItems(self._choice)
         self._sent = 0
         self._cut = False
         """It has ended for its length."""
         self._seen_tokens = self._reasoning_tokens = 0
+        self._logprobs: list[msgspec.Raw] = []
+        """Of tokens whose text has not been told apart yet."""
 
     def opening(self) -> list[bytes]:
         """See Formatter."""
@@ -82,11 +84,14 @@ class ResponsesFormatter(OpenAIFormatter[msgspec.Raw]):
     def _read(self, piece: TextPiece) -> list[OutputEvent]:
         is_last = piece.finish_reason is not None
         self._cut = piece.finish_reason == "length"
-        logprobs = token_entries(self._named(piece)) if piece.logprobs else []
+        self._logprobs += token_entries(self._named(piece)) if piece.logprobs else []
+        deltas = self._choice.read(piece.text, is_last=is_last)
         events: list[OutputEvent] = []
-        for delta in self._choice.read(piece.text, is_last=is_last):
-            events += self._output.add(delta, logprobs)
-            logprobs = [] if "content" in delta else logprobs
+        for delta in deltas:
+            events += self._output.add(delta, self._logprobs)
+            self._logprobs = [] if "content" in delta else self._logprobs
+        if deltas:  # those of reasoning and of calls are shown nowhere
+            self._logprobs = []
         # What counts as reasoning are the tokens from its first on to the first of what follows.
         count, self._seen_tokens = self._answer.completion_tokens - self._seen_tokens, self._answer.completion_tokens
         self._reasoning_tokens += count if self._output.kind == "reasoning" else 0
