@@ -27,7 +27,7 @@ from router.answering import Answerer
 from router.api import openapi
 from router.api.anthropic.errors import AnthropicErrorReply, AnthropicErrors, anthropic_event
 from router.api.anthropic.message_format import MessagesFormatter
-from router.api.anthropic.messages import MessagesRequest, chat_of
+from router.api.anthropic.messages import MessagesRequest, chat_of, their_name
 from router.api.asked import AnswerStart, Asked, asked_as
 from router.api.body import parse
 from router.api.fields.chat_fields import ChatRequest
@@ -204,7 +204,7 @@ def _add_openai(
     generates("chat", paths[0], ChatRequest, asked_as(chat_formatter, lambda body: body), id_prefix="chatcmpl-")
     completion = asked_as(CompletionFormatter, lambda body: body)
     generates("completions", paths[1], CompletionRequest, completion, id_prefix="cmpl-")
-    theirs = asked_as(MessagesFormatter, chat_of)
+    theirs = asked_as(MessagesFormatter, chat_of, their_name)
     generates(
         "messages",
         paths[2],

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from starlette.types import Scope
 
+from kvcore.errors import InvalidRequestError
 from router.admission.header import with_first_token
 from router.admission.no_node import NoNodeWait, Tell
 from router.answering import Answerer
@@ -39,6 +40,8 @@ class Asked:
     prompt: str | None = None
     form: str = ""
     """What it calls `response_format`; empty: so."""
+    names: Callable[[str], str] = str
+    """What it calls another field of a chat or a completion."""
 
     def named(self, form: AskedGrammar | None) -> AskedGrammar | None:
         """The same, by the surface's name."""
@@ -46,14 +49,25 @@ class Asked:
             return form
         return replace(form, param=self.form)
 
+    def told(self, error: InvalidRequestError) -> InvalidRequestError:
+        """The same, by the surface's name of the field."""
+        given = error.param or ""
+        name = self.names(given)
+        if name == given:
+            return error
+        message = error.message.removeprefix(given)
+        return type(error)(error.message if message == error.message else f"{name}{message}", param=name)
+
 
 def asked_as(
-    formatter: MakeFormatter, translate: Callable[[_Body], ChatRequest | CompletionRequest]
+    formatter: MakeFormatter,
+    translate: Callable[[_Body], ChatRequest | CompletionRequest],
+    names: Callable[[str], str] = str,
 ) -> Callable[[_Body, Caller, int], Awaitable[Asked]]:
     """What a surface asks whose bodies `translate` makes chats of. Of bodies, whose they are, and how many bytes."""
 
     async def asked(body: _Body, _: Caller, num_bytes: int) -> Asked:
-        return Asked(await beside_if_large(num_bytes, partial(translate, body)), formatter, num_bytes)
+        return Asked(await beside_if_large(num_bytes, partial(translate, body)), formatter, num_bytes, names=names)
 
     return asked
 
@@ -70,6 +84,12 @@ class AnswerStart:
 
     async def start(self, asked: Asked, scope: Scope, request_id: str, tell: Tell) -> tuple[ClientAnswer, Formatter]:
         """When its turn has come; waits for a node, and tells, where there is none. Raises what `Answerer` does."""
+        try:
+            return await self._start(asked, scope, request_id, tell)
+        except InvalidRequestError as error:
+            raise asked.told(error) from error
+
+    async def _start(self, asked: Asked, scope: Scope, request_id: str, tell: Tell) -> tuple[ClientAnswer, Formatter]:
         answerer, body, caller = self._answerer, asked.body, caller_of(scope)
         if body.model:
             answerer.check_model(body.model)

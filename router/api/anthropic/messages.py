@@ -110,6 +110,11 @@ def chat_of(request: MessagesRequest, *, counted_only: bool = False) -> ChatRequ
     )
 
 
+def their_name(field: str) -> str:
+    """What this API calls a field of that chat."""
+    return "stop_sequences" if field == "stop" else field
+
+
 def _choice(choice: ToolChoice | None) -> tuple[str | dict[str, object] | None, bool]:
     if choice is None:
         return None, True

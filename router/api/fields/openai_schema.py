@@ -113,7 +113,7 @@ def answer_request(
         names=FieldNames(
             prompt=prompt_name or ("messages" if isinstance(request, ChatRequest) else "prompt"),
             others=_NAMES if form is None else {**_NAMES, "grammar": form.field},
-            max_tokens=named if _asks_length(request) and prompt_name is None else None,
+            max_tokens=named if _asks_length(request) else None,
         ),
         turn=Turn(flow, priority=_priority(request.priority)),
         client_id=_client_id(request_id, request.request_id, limits),

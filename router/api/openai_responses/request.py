@@ -31,6 +31,12 @@ NOT_HAD = (
     *("image", "previous_input_messages", "prompt"),
 )
 """Fields that are refused."""
+_NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    "truncate_prompt_tokens": "truncation",
+}
 _SAME = (
     "model",
     "stream",
@@ -193,6 +199,11 @@ def chat_of_items(request: ResponsesRequest, before: Sequence[InputItem]) -> Cha
         tool_choice=_choice(request.tool_choice),
         **{name: getattr(request, name) for name in _SAME},
     )
+
+
+def name_here(field: str) -> str:
+    """What this API calls a field of that chat."""
+    return _NAMES.get(field, field)
 
 
 def _check(request: ResponsesRequest) -> None:

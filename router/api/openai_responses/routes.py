@@ -14,7 +14,7 @@ from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.checks import refuse, require
 from router.api.openai_responses.items import InputItem
 from router.api.openai_responses.kept import KeptResponses
-from router.api.openai_responses.request import ResponsesRequest, chat_of_items, items_of
+from router.api.openai_responses.request import ResponsesRequest, chat_of_items, items_of, name_here
 from router.api.openai_responses.response_format import ResponsesFormatter
 from router.api.responses import JsonReply
 from router.tenants.callers import Caller, caller_of
@@ -48,7 +48,7 @@ class ResponsesDoor:
             items=[*before, *items_of(request)],
             keep=partial(kept.put, tenant) if kept is not None and keeps else None,
         )
-        return Asked(chat, formatter, num_bytes, prompt="input", form="text.format")
+        return Asked(chat, formatter, num_bytes, prompt="input", form="text.format", names=name_here)
 
     def add_to(self, app: FastAPI) -> None:
         """The routes of answers that are kept, to a router's application."""

@@ -64,6 +64,7 @@ class GenerateFormatter(ChatFormatter):
             "created": self._created,
             "usage": usage_of(self._answer),
             "prompt_logprobs": None,
+            **self._prompt_logprobs(0),
             "prompt_token_id_logprobs": None,
             "prompt_token_ids": self._prompt_ids,
             "mm_placeholders": None,

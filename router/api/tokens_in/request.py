@@ -15,7 +15,6 @@ from router.api.fields.structured import StructuredOutputs
 MODES = ("tokens", "text")
 _REFUSED = (
     "watermarking",
-    "prompt_logprobs",
     "prompt_logprob_token_ids",
     "prompt_logprob_start",
     "logprob_token_ids",
@@ -42,6 +41,7 @@ class GenerateSampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     max_tokens: int | None = None
     min_tokens: int | None = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = True
     spaces_between_special_tokens: bool | None = True
     include_stop_str_in_output: bool | None = False
@@ -60,7 +60,6 @@ class GenerateSampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     output_text_buffer_length: object = None
     skip_reading_prefix_cache: object = None
     watermarking: object = None
-    prompt_logprobs: object = None
     prompt_logprob_token_ids: object = None
     prompt_logprob_start: object = None
     logprob_token_ids: object = None
@@ -120,6 +119,14 @@ def completion_of(body: GenerateBody) -> GenerateCompletion:
         vllm_xargs=asked.extra_args,
         **(given | defaults),
     )
+
+
+def name_here(field: str) -> str:
+    """What this API calls a field of that completion."""
+    if field == "prompt":
+        return "token_ids"
+    whole = {"vllm_xargs": "extra_args"}.get(field, field)
+    return f"sampling_params.{whole}" if whole.partition(".")[0] in GenerateSampling.__struct_fields__ else field
 
 
 _OBEYED = set(GenerateSampling.__struct_fields__) & set(CompletionRequest.__struct_fields__)

@@ -74,6 +74,14 @@ async def test_logprobs_are_by_token_id_with_the_token_itself_first(http: httpx.
         assert entry == {**own, "top_logprobs": [own, {"token_id": token + 1, "logprob": -1.5, "rank": 2}]}
 
 
+async def test_logprobs_of_the_prompt_are_as_those_of_a_completion(http: httpx.AsyncClient) -> None:
+    told = (await http.post(PATH, json=body_of({"prompt_logprobs": 2}))).json()["prompt_logprobs"]
+    asked = {"prompt": PROMPT, "max_tokens": 4, "prompt_logprobs": 2}
+    as_completion = (await http.post("/v1/completions", json=asked)).json()["choices"][0]["prompt_logprobs"]
+    assert told == as_completion and len(told) == len(PROMPT) and told[0] is None
+    assert (await http.post(PATH, json=body_of({}))).json()["prompt_logprobs"] is None
+
+
 async def test_a_stream_has_the_prompt_once_and_usage_at_its_end(http: httpx.AsyncClient) -> None:
     options = {"include_usage": True}
     fields = {"stream": True, "stream_options": options, "return_token_ids": True}
@@ -144,8 +152,8 @@ async def test_sampling_parameters_reach_the_engine_by_their_names(http: httpx.A
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"token_ids": []}, "prompt"),
-        ({"token_ids": [-1]}, "prompt"),
+        ({"token_ids": []}, "token_ids"),
+        ({"token_ids": [-1]}, "token_ids"),
         ({"token_ids": [512]}, "token_ids"),
         ({"token_ids": "text"}, "token_ids"),
         ({"output_mode": "audio"}, "output_mode"),
@@ -154,12 +162,16 @@ async def test_sampling_parameters_reach_the_engine_by_their_names(http: httpx.A
         ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
         ({"zzz": 1}, "zzz"),
         ({"sampling_params": {"zzz": 1}}, "sampling_params.zzz"),
-        ({"sampling_params": {"prompt_logprobs": 0}}, "sampling_params.prompt_logprobs"),
+        ({"sampling_params": {"prompt_logprobs": 21}}, "sampling_params.prompt_logprobs"),
+        ({"sampling_params": {"prompt_logprobs": []}}, "sampling_params.prompt_logprobs"),
+        ({"sampling_params": {"prompt_logprobs": 1}, "stream": True}, "sampling_params.prompt_logprobs"),
+        ({"sampling_params": {"extra_args": {"x": 1}, "structured_outputs": {}}}, "sampling_params.structured_outputs"),
+        ({"sampling_params": {"structured_outputs": {"regex": "["}}}, "sampling_params.structured_outputs.regex"),
         ({"sampling_params": {"trace_decode_token_ids": [1]}}, "sampling_params.trace_decode_token_ids"),
         ({"sampling_params": {"detokenize": False, "stop": "a"}}, "sampling_params.stop"),
         ({"sampling_params": {"detokenize": False}, "output_mode": "text"}, "output_mode"),
-        ({"sampling_params": {"temperature": -1}}, "temperature"),
-        ({"sampling_params": {"max_tokens": 0}}, "max_tokens"),
+        ({"sampling_params": {"temperature": -1}}, "sampling_params.temperature"),
+        ({"sampling_params": {"max_tokens": 0}}, "sampling_params.max_tokens"),
         ({"model": "other"}, "model"),
     ],
 )

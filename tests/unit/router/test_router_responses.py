@@ -202,6 +202,37 @@ async def test_a_stream_tells_of_each_item_in_openais_order() -> None:
     assert stripped[0] == stripped[1] and last["usage"] == whole["usage"] and last.keys() == whole.keys()
 
 
+async def test_logprobs_of_a_text_that_waits_to_be_told_apart_are_not_lost() -> None:
+    text = "a <tool b </ c <think d"
+    async with asking(writes(text)) as http:
+        asked = {**ASK, "include": ["message.output_text.logprobs"], "top_logprobs": 0}
+        body = (await http.post("/v1/responses", json=asked)).json()
+        events = events_of((await http.post("/v1/responses", json={**asked, "stream": True})).text)
+    (part,) = body["output"][0]["content"]
+    assert part["text"] == text and "".join(one["token"] for one in part["logprobs"]) == text
+    pieces = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert "".join(one["token"] for event in pieces for one in event["logprobs"]) == text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("responses", {"input": "a", "max_output_tokens": 10**9}, "max_output_tokens"),
+        ("responses", {"input": "a", "stop": ["a"] * 99}, "stop"),
+        ("responses", {"input": [{"role": "user", "content": "a"}] * 9000}, "input"),
+        ("messages", {"max_tokens": 4, "messages": [], "stop_sequences": ["a"]}, "messages"),
+    ],
+)
+async def test_what_is_refused_has_the_name_that_the_client_knows_it_by(path: str, fields: Any, param: str) -> None:
+    async with asking(writes("a")) as http:
+        error = (await http.post(f"/v1/{path}", json=fields)).json()["error"]
+    assert error.get("param", param) == param and error["message"].startswith((param, "This model")), error
+    async with asking(writes("a")) as http:
+        asked = {"max_tokens": 4, "messages": [{"role": "user", "content": "a"}], "stop_sequences": ["a"] * 99}
+        reply = (await http.post("/v1/messages", json=asked)).json()
+    assert reply["error"]["message"].startswith("stop_sequences has at most")
+
+
 async def test_each_of_several_calls_is_an_item() -> None:
     call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "%s"}}\n</tool_call>'
     async with asking(writes(call % "Zürich" + "\n" + call % "Rome")) as http:
