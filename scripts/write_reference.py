@@ -139,9 +139,9 @@ vLLM's own have, and with `output_mode` `text` the text beside the tokens. What 
 its fields of the same names; without `max_tokens` an answer may fill the context. Images are refused.
 
 Of the paths that vLLM's server has these are not here: `/render` and `/derender` behind the others and
-`/inference/v1/abort_requests`, which it has with `--enable-scale-out` alone (`/tokenize` renders a chat, and closing its
-connection ends a request); `/tokenizer_info` and `/server_info`, which it has with a flag or in development alone, as
-they tell of files and settings; those that load adapters, sleep, profile or change weights, which are a node's or
+`/inference/v1/abort_requests`, which it has with `--enable-scale-out` alone (`/tokenize` renders a chat, and closing
+its connection ends a request); `/tokenizer_info` and `/server_info`, which it has with a flag or in development alone,
+as they tell of files and settings; those that load adapters, sleep, profile or change weights, which are a node's or
 `kvferry`'s own.
 
 Parts of messages are text.
@@ -177,10 +177,11 @@ what came of them reach the model.
 With `tool_choice` `required` it calls at least one function, with a name that one and once: the answer is held to that,
 and the arguments to the function's `parameters`, unless its `strict` is `false`; `parallel_tool_calls` `false` allows
 one call: with `auto`, too, the answer ends where it begins to make another. Such calls are written in the model's own
-form where it has one, else as a list in JSON, or with a name as the arguments alone, as vLLM's server has it, so that no dialect is needed. They come before `response_format`, and with a
-name the `finish_reason` is `stop`, as OpenAI has it. With `auto` the calls of models with a form of their own are held
-to the schemas of the functions that are `strict`, unless the answer is held to another form. Models of `gpt_oss` make
-one call an answer, and those of `kimi_k3` may end before their call.
+form where it has one, else as a list in JSON, or with a name as the arguments alone, as vLLM's server has it, so that
+no dialect is needed. They come before `response_format`, and with a name the `finish_reason` is `stop`, as OpenAI has
+it. With `auto` the calls of models with a form of their own are held to the schemas of the functions that are `strict`,
+unless the answer is held to another form. Models of `gpt_oss` make one call an answer, and those of `kimi_k3` may end
+before their call.
 
 How a model writes calls and reasoning is its dialect: the first of these whose marks its chat template has, or what
 `model.parser` of the cluster file names, which may be an object of yours (`package.module:name`, a
