@@ -46,7 +46,10 @@ class ParsedChatFormatter(ChatFormatter):
         if reason is not None:
             events.append(
                 self._delta(
-                    piece.index, {}, self._reason(reason, choice.calls), {"logprobs": None, **stop_reason_of(piece)}
+                    piece.index,
+                    {},
+                    self._reason(reason, choice.whole_calls),
+                    {"logprobs": None, **stop_reason_of(piece)},
                 )
             )
         return b"".join(events)

@@ -146,6 +146,13 @@ async def test_a_call_that_is_cut_off_is_none() -> None:
         assert (await streamed(http, max_tokens=150))[0]["finish_reason"] == "length"
 
 
+async def test_an_answer_that_ends_in_a_call_has_called_nothing_streamed_or_not() -> None:
+    async with asking(CALLS.partition("}}")[0] + "}", "hermes") as (http, _):
+        choice, (streams, _deltas) = await whole(http), await streamed(http)
+    assert "tool_calls" not in choice["message"]
+    assert (choice["finish_reason"], streams["finish_reason"]) == ("stop", "stop")
+
+
 async def test_a_call_goes_on_when_its_decoder_dies_in_the_middle() -> None:
     async with asking(CALLS, "hermes") as (http, rig):
         for node in rig.nodes.nodes:
