@@ -121,8 +121,8 @@ what is not OpenAI's. `model.generation_config: false` leaves the file alone.
 
 `POST /v1/messages` and `/v1/messages/count_tokens` are Anthropic's: blocks of text, thinking, calls and results of
 tools are translated into a chat as vLLM's server translates them, and what is said here of chats holds for them.
-`tool_choice` `any` is `required`, and `tool` is one with a name. Images, documents and Anthropic's own tools are
-refused. Errors have Anthropic's form.
+`tool_choice` `any` is `required`, and `tool` is one with a name; `output_config` has a `format`, a JSON schema, and an
+`effort`. Images, documents and Anthropic's own tools are refused. Errors have Anthropic's form.
 
 `POST /v1/responses` is OpenAI's other API: messages, reasoning, calls of functions and what came of them are translated
 into a chat as vLLM's server translates them, so that `previous_response_id` and the same items sent again are the same

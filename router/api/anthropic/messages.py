@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from router.api.fields.chat_fields import ChatRequest
+from router.api.fields.chat_fields import ChatRequest, Effort
 from router.api.fields.chat_messages import ChatMessage, ContentPart
 from router.api.fields.chat_tools import FunctionSpec, Tool
 from router.api.fields.checks import refuse, require
@@ -67,6 +67,20 @@ class ToolChoice(msgspec.Struct, frozen=True):
     disable_parallel_tool_use: bool | None = False
 
 
+class OutputFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The form of the answer: a JSON schema."""
+
+    type: str
+    schema: dict[str, object] | None = None
+
+
+class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the answer is to be."""
+
+    effort: Effort | None = None
+    format: OutputFormat | None = None
+
+
 class MessagesRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Body of POST /v1/messages; without `max_tokens` of /v1/messages/count_tokens."""
 
@@ -82,6 +96,7 @@ class MessagesRequest(msgspec.Struct, frozen=True, kw_only=True):
     tools: list[ToolSpec] | None = None
     tool_choice: ToolChoice | None = None
     thinking: dict[str, object] | None = None
+    output_config: OutputConfig | None = None
     chat_template_kwargs: dict[str, object] | None = None
     cache_salt: str | None = None
 
@@ -93,6 +108,7 @@ def chat_of(request: MessagesRequest, *, counted_only: bool = False) -> ChatRequ
     if request.thinking is not None:
         values.setdefault("enable_thinking", request.thinking.get("type") != "disabled")
     choice, parallel = _choice(request.tool_choice)
+    output = request.output_config or OutputConfig()
     return ChatRequest(
         model=request.model,
         messages=_messages(request),
@@ -105,6 +121,8 @@ def chat_of(request: MessagesRequest, *, counted_only: bool = False) -> ChatRequ
         tools=[_tool(number, tool) for number, tool in enumerate(request.tools or ())] or None,
         tool_choice="none" if counted_only else choice,
         parallel_tool_calls=parallel,
+        response_format=_response_format(output.format),
+        reasoning_effort=output.effort,
         chat_template_kwargs=values or None,
         cache_salt=request.cache_salt,
     )
@@ -112,7 +130,17 @@ def chat_of(request: MessagesRequest, *, counted_only: bool = False) -> ChatRequ
 
 def their_name(field: str) -> str:
     """What this API calls a field of that chat."""
+    if field.partition(".")[0] == "response_format":
+        return "output_config.format"
     return "stop_sequences" if field == "stop" else field
+
+
+def _response_format(form: OutputFormat | None) -> dict[str, object] | None:
+    if form is None:
+        return None
+    require(form.type == "json_schema", "output_config.format.type", "is json_schema")
+    require(form.schema is not None, "output_config.format.schema", "is missing")
+    return {"type": "json_schema", "json_schema": {"name": form.type, "schema": form.schema}}
 
 
 def _choice(choice: ToolChoice | None) -> tuple[str | dict[str, object] | None, bool]:

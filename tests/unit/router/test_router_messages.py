@@ -167,6 +167,23 @@ async def test_errors_have_anthropics_form_whatever_raised_them() -> None:
         assert others["error"]["param"] == "messages", "of other endpoints errors are OpenAI's"
 
 
+async def test_output_config_is_a_schema_and_an_effort() -> None:
+    """Agents send both with every request."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    given = {"effort": "high", "format": {"type": "json_schema", "schema": schema}}
+    async with asking(CALLS, "hermes") as (http, rig):
+        ask = {key: value for key, value in ASK.items() if key != "tools"}
+        assert (await http.post("/v1/messages", json={**ask, "output_config": given})).status_code == 200
+        assert (await http.post("/v1/messages/count_tokens", json={**ask, "output_config": given})).status_code == 200
+        (sent,) = [request.sampling for node in rig.nodes.nodes for request in node.generates]
+        assert sent.grammar is not None and json.loads(sent.grammar.text) == schema
+        for wrong in ({"type": "text"}, {"type": "json_schema"}, {"type": "json_schema", "schema": {"not": {}}}):
+            error = (await http.post("/v1/messages", json={**ask, "output_config": {"format": wrong}})).json()["error"]
+            assert error["message"].startswith("output_config.format"), error
+    chat = chat_of(parse(json.dumps({**ASK, "output_config": given}).encode(), MessagesRequest))
+    assert chat.reasoning_effort == "high"
+
+
 async def test_a_stream_that_fails_ends_with_anthropics_event() -> None:
     async with asking("a" * 400, "none") as (http, rig):
         for node in rig.nodes.nodes:
