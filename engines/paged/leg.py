@@ -197,7 +197,7 @@ class Leg:
         started = now if self.started is None else self.started
         documents_load_s = min(self.documents_load_s, self.documents_s)
         return Timings(
-            queue_s=(now if self.scheduled is None else self.scheduled) - self.arrived - self.documents_s,
+            queue_s=max(0.0, (now if self.scheduled is None else self.scheduled) - self.arrived - self.documents_s),
             wait_s=(self.load.wait_s if self.load else 0.0) + self.documents_s - documents_load_s,
             load_s=(self.load.load_s if self.load else 0.0) + documents_load_s,
             compute_s=(now if self.computed is None else self.computed) - started,
