@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_set(demo)
     demo.add_argument("--log-dir", type=Path)
     demo.add_argument("--once", action="store_true", help="end afterwards, with a RESULT line")
+    _add_rag(_command(commands, "rag", None, "ask about a folder of texts, whose passages are reused as documents"))
     return parser
 
 
@@ -121,6 +122,18 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(metavar="FROM", required=True)
     text = "say what each key of an LMCache file becomes, under LMCACHE_* of the environment"
     _command(kinds, "from-lmcache", _from_lmcache, text).add_argument("file", type=Path, metavar="FILE")
+
+
+def _add_rag(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(metavar="WHAT", required=True)
+    text = "bring a cluster up that reuses documents, and ask it about the texts of a folder"
+    demo = _command(kinds, "demo", _rag_demo, text)
+    demo.add_argument("folder", type=Path, metavar="FOLDER")
+    demo.add_argument("config", type=cluster_file, nargs="?", default=str(DEFAULT_CONFIG), metavar="CONFIG")
+    _add_set(demo)
+    text = "repeat it for more of them (default: the lines of stdin)"
+    demo.add_argument("--question", action="append", default=[], dest="questions", help=text)
+    demo.add_argument("--passages", type=int, default=3, metavar="N", help="of one question (default: 3)")
 
 
 def _add_serve(serve: argparse.ArgumentParser) -> None:
@@ -194,6 +207,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     from kvferry.demo.run import run_demo
 
     return run_demo(arguments.config, arguments.overrides, arguments.log_dir, once=arguments.once)
+
+
+def _rag_demo(arguments: argparse.Namespace) -> int:
+    from kvferry.rag.demo import run_rag_demo
+
+    given = arguments
+    return run_rag_demo(given.folder, given.config, given.overrides, given.questions, passages=max(1, given.passages))
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ Owns an HTTP session. Knows nothing of nodes but what `/v1/requests/{id}` tells.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -42,6 +42,7 @@ class _ChatChoice(msgspec.Struct, kw_only=True):
 
 class _CachedTokens(msgspec.Struct, kw_only=True):
     cached_tokens: int = 0
+    approximate_tokens: int = 0
 
 
 class _ChatUsage(msgspec.Struct, kw_only=True):
@@ -74,6 +75,8 @@ class ChatResult:
     prefiller: str | None
     decoder: str
     moved: list[Moved]
+    approximate_tokens: int = 0
+    """Of documents that were computed elsewhere; `cached_tokens` are exact."""
 
 
 class DemoClient:
@@ -99,9 +102,17 @@ class DemoClient:
         assert self._session is not None
         await self._session.close()
 
-    async def chat(self, system: str, question: str, *, max_tokens: int, on_text: Callable[[str], None]) -> ChatResult:
+    async def chat(
+        self,
+        system: str,
+        question: str,
+        *,
+        max_tokens: int,
+        on_text: Callable[[str], None],
+        documents: Sequence[Mapping[str, str]] = (),
+    ) -> ChatResult:
         """Ask greedily; `on_text` gets the answer's pieces as they come. Raises KVFerryError if it is not answered."""
-        body = {
+        body: dict[str, object] = {
             "model": self._model,
             "messages": [{"role": "system", "content": system}, {"role": "user", "content": question}],
             "max_tokens": max_tokens,
@@ -109,6 +120,8 @@ class DemoClient:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if documents:
+            body["documents"] = documents
         loop = asyncio.get_running_loop()
         began = loop.time()
         ttft_s: float | None = None
@@ -123,14 +136,15 @@ class DemoClient:
                     on_text(piece)
         if usage is None:
             raise KVFerryError("the router's stream ended without a usage")
-        record = await self._record(request_id)
+        record, reused = await self._record(request_id), usage.prompt_tokens_details or _CachedTokens()
         route = record.route or _RecordRoute()
         return ChatResult(
             text="".join(pieces),
             ttft_s=ttft_s or 0.0,
             total_s=loop.time() - began,
             prompt_tokens=usage.prompt_tokens,
-            cached_tokens=usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0,
+            cached_tokens=reused.cached_tokens,
+            approximate_tokens=reused.approximate_tokens,
             completion_tokens=usage.completion_tokens,
             prefiller=route.prefiller,
             decoder=route.decoder,

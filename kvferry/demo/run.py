@@ -32,7 +32,7 @@ def run_demo(config_file: Path, overrides: Sequence[str], log_dir: Path | None, 
     async def main(lifecycle: Lifecycle) -> None:
         loop = asyncio.get_running_loop()
         with Display(Console(), show_lines=False) as display:
-            await _ensure_model(config, display)
+            await ensure_model(config, display)
             began = loop.time()
             async with launched(config, config_file, overrides, log_dir, display) as launcher:
                 display.end_progress()
@@ -58,7 +58,7 @@ def _curl(config: ClusterConfig, url: str) -> str:
     return curl_line(url, config.model.name)
 
 
-async def _ensure_model(config: ClusterConfig, display: Display) -> None:
+async def ensure_model(config: ClusterConfig, display: Display) -> None:
     """Make the demo model if it is what the config asks for and it is not there."""
     from kvferry.demo.model import prepare_demo_model
 
@@ -89,12 +89,14 @@ async def _ask_all(config: ClusterConfig, url: str, display: Display) -> list[Ch
 
 def describe(answer: ChatResult) -> str:
     """What one request took, for people: two lines or more."""
-    computed = answer.prompt_tokens - answer.cached_tokens
+    approximate = answer.approximate_tokens
+    computed = answer.prompt_tokens - answer.cached_tokens - approximate
     speed = f"{answer.completion_tokens} tokens in {answer.total_s:.1f} s"
     route = f"prefilled on {answer.prefiller}" if answer.prefiller else "no prefiller"
     lines = [
         f"    first token after {answer.ttft_s:.2f} s, {speed}; {route}, decoded on {answer.decoder}",
-        f"    prompt of {answer.prompt_tokens} tokens: {computed} computed, {answer.cached_tokens} reused",
+        f"    prompt of {answer.prompt_tokens} tokens: {computed} computed, {answer.cached_tokens} reused"
+        + (f", {approximate} of documents that stood elsewhere" if approximate else ""),
     ]
     for (transport, direction), total in sorted(sum_moved(answer.moved).items()):
         rate = f" at {total.num_bytes / total.seconds / 1e9:.2f} GB/s" if total.seconds else ""

@@ -1,11 +1,13 @@
-"""README's commands run. Each block says how: `<!-- runs: make | up | client | parse -->`."""
+"""README's commands run. Each block says how: `<!-- runs: make | up | client | rag | parse -->`."""
 
 import asyncio
 import json
+import os
 import re
 import shlex
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import aiohttp
@@ -41,7 +43,7 @@ async def run(command: str, timeout_s: float) -> str:
 
 def test_every_block_says_how_it_is_run():
     assert len(BLOCKS) >= 4
-    assert {runs for runs, _ in BLOCKS} == {"make", "up", "client", "parse"}
+    assert {runs for runs, _ in BLOCKS} == {"make", "up", "client", "rag", "parse"}
 
 
 def test_commands_that_cannot_run_here_name_real_programs_targets_files_and_nodes():
@@ -72,6 +74,19 @@ async def test_the_demo_runs_and_ends_with_its_result():
     assert result["first"]["ttft_s"] >= 3 * result["second"]["ttft_s"]
     assert result["moved_bytes"] > 0
     assert result["transport"] == "shm"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(find_spec("bm25s") is None and not os.environ.get("CI"), reason="bm25s is not installed")
+async def test_passages_of_a_folder_are_reused_from_question_to_question():
+    (command,) = commands("rag")
+    output = await run(command, 280)
+    result = json.loads(output.strip().splitlines()[-1].removeprefix("RESULT "))
+    first, second = result["answers"]
+    assert second["approximate_tokens"] > 200
+    assert second["approximate_tokens"] + second["cached_tokens"] > 0.8 * second["prompt_tokens"]
+    assert second["ttft_s"] < first["ttft_s"]
 
 
 @pytest.mark.slow

@@ -69,12 +69,12 @@ class FakeRouter:
 async def ask():
     servers = []
 
-    async def ask(router: FakeRouter) -> tuple[ChatResult, list[str]]:
+    async def ask(router: FakeRouter, **more: object) -> tuple[ChatResult, list[str]]:
         await router.server.start_server()
         servers.append(router.server)
         pieces: list[str] = []
         async with DemoClient(str(router.server.make_url("")).rstrip("/"), "m", 10.0) as client:
-            return await client.chat("sys", "q", max_tokens=5, on_text=pieces.append), pieces
+            return await client.chat("sys", "q", max_tokens=5, on_text=pieces.append, **more), pieces
 
     yield ask
     for server in servers:
@@ -103,7 +103,17 @@ async def test_a_chat_is_streamed_counted_and_looked_up_once_it_has_ended(ask):
     assert (answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens) == (100, 64, 2)
     assert (answer.prefiller, answer.decoder, answer.moved[0].num_bytes) == (None, "d", 7)
     assert 0 < answer.ttft_s <= answer.total_s
+    assert "documents" not in router.asked[0]
     assert router.asked[0]["temperature"] == 0 and router.asked[0]["stream_options"] == {"include_usage": True}
+
+
+async def test_documents_are_named_in_the_request_and_what_was_reused_of_them_is_told(ask):
+    details = {"cached_tokens": 30, "approximate_tokens": 50}
+    router = FakeRouter([chunk("Hi"), chunk(None, usage={**USAGE, "prompt_tokens_details": details})])
+    answer, _ = await ask(router, documents=[{"title": "t", "text": "one"}])
+    assert router.asked[0]["documents"] == [{"title": "t", "text": "one"}]
+    assert (answer.cached_tokens, answer.approximate_tokens) == (30, 50)
+    assert "20 computed, 30 reused, 50 of documents that stood elsewhere" in describe(answer)
 
 
 def result(ttft_s: float, cached_tokens: int, moved: list[Moved]) -> ChatResult:
