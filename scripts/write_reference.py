@@ -198,7 +198,8 @@ arguments that must be made is then JSON; a `strict` function with them is refus
 is written without quotes has other characters than letters, digits, `_`, `.` and `-`.
 
 With `none` answers are given out as they are written. Of the 469 answers of the conformance suite canitoolcall 0.1.1
-all but 26 are parsed as it has them, however they are cut into pieces; 22 of these were cut off within a call.
+all but 25 are parsed as it has them, however they are cut into pieces; 22 of these were cut off within a call. With
+`qwen3_xml` and `gemma4` a call ends reasoning that the model forgot to end, as in vLLM.
 
 The chat template is the model folder's: `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`; of
 several named ones `default`, and `tool_use` for requests with tools. It renders as in transformers, of messages in the

@@ -31,6 +31,8 @@ class Dialect:
 
     calls: Callable[[Reader, Tools], Parse[None]] = _text
     thinks: tuple[tuple[str, str], ...] = ()
+    calls_end_thought: tuple[str, ...] = ()
+    """How calls begin that end the reasoning, too, as models forget to: only where tools were offered."""
     special: bool = False
     """Some of its marks are special tokens, which are no part of a text unless they are asked for."""
     frames: bool = False
@@ -75,6 +77,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "gemma4": Dialect(
         tagged_calls.gemma,
         (("<|channel>thought\n", "<channel|>"),),
+        calls_end_thought=("<|tool_call>call:",),
         special=True,
         form=CallForm(
             ("<|tool_call>call:", "{"), "<tool_call|>", triggers=("<|tool_call>",), arguments=gemma_arguments
@@ -138,6 +141,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "qwen3_xml": Dialect(
         tagged_calls.qwen_xml,
         (_THINK,),
+        calls_end_thought=("<tool_call>\n<function=",),
         form=CallForm(
             ("<tool_call>\n<function=", ">\n"),
             "</function>\n</tool_call>",
@@ -267,7 +271,10 @@ class AnswerParser:
                 if (yield from r.starts_with(opened)):
                     r.take(len(opened))
                 yield from r.skip_space()
-                yield from r.text_until((closed,), Reasoning, trim=dialect.trims)
+                ends = dialect.calls_end_thought if self._tools is not None else ()
+                found = yield from r.text_until((closed, *ends), Reasoning, trim=dialect.trims)
+                if found is not None and found in ends:
+                    r.put_back(found)
                 if dialect.trims:
                     yield from r.skip_space()
                 break

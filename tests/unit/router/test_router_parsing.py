@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.call_texts import written
 
 from router.parsing.dialects import DIALECTS, AnswerParser, dialect_of
 from router.parsing.events import CallArguments, CallBegin, CallEnd, Content, Reasoning
@@ -181,6 +182,16 @@ def test_reasoning_that_the_prompt_has_opened_needs_no_mark() -> None:
     assert parsed("hermes", ["What now</think>Well."], "<|im_start|>assistant\n<think>\n") == ("Well.", "What now", [])
     closed = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert parsed("hermes", ["Well."], closed) == ("Well.", "", [])
+
+
+@pytest.mark.parametrize("name", ["qwen3_xml", "gemma4"])
+def test_a_call_ends_reasoning_that_the_model_forgot_to_end(name: str) -> None:
+    text, calls = written(name, [("say", {"text": "x"})]), [("say", '{"text": "x"}', True)]
+    opened = "<|channel>thought\n" if name == "gemma4" else "<think>\n"
+    assert parsed(name, list(f"What now\n{text}"), opened) == ("", "What now", calls)
+    assert parsed(name, list(f"{opened}Well, <tool_call> is\n{text}")) == ("", "Well, <tool_call> is", calls)
+    parser = AnswerParser(DIALECTS[name], None, opened)
+    assert {type(event) for event in parser.feed(text) + parser.end()} == {Reasoning}, "no tool was offered"
 
 
 @pytest.mark.parametrize(
