@@ -138,11 +138,11 @@ images, files and OpenAI's own tools are refused. What an answer was not asked f
 vLLM's own have, and with `output_mode` `text` the text beside the tokens. What is said here of completions holds for
 its fields of the same names; without `max_tokens` an answer may fill the context. Images are refused.
 
-Of the paths that vLLM's server has these are not here: `/render` and `/derender` behind the others and
-`/inference/v1/abort_requests`, which it has with `--enable-scale-out` alone (`/tokenize` renders a chat, and closing
-its connection ends a request); `/tokenizer_info` and `/server_info`, which it has with a flag or in development alone,
-as they tell of files and settings; those that load adapters, sleep, profile or change weights, which are a node's or
-`kvferry`'s own.
+Of the paths that vLLM's server has these are not here: `/v1/chat/completions/batch` (send each chat by itself; they run
+together all the same); `/render` and `/derender` behind the others and `/inference/v1/abort_requests`, which it has
+with `--enable-scale-out` alone (`/tokenize` renders a chat, and closing its connection ends a request);
+`/tokenizer_info` and `/server_info`, which it has with a flag or in development alone, as they tell of files and
+settings; those that load adapters, sleep, profile or change weights, which are a node's or `kvferry`'s own.
 
 Parts of messages are text.
 
