@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.engine_fakes import deltas, idle, lone_engine, prompt_of, request
+from support.engine_fakes import CONFIG, deltas, idle, lone_engine, prompt_of, request
 from support.grammar_walks import EOS, drawn_answer, matcher_of
 from support.sim_loop import run_sim
 
 from engines.sim.runner import EOS_TOKEN
 from nodeapi.grammars.grammar import Grammar, GrammarKind
 from nodeapi.messages import FinishReason
+from router.text.tokenizer import ByteTokenizer
 
 MAX_TOKENS = 900
 AFTER, OPENING = ((60, 47, 62), (10,)), (60, 116, 62)
@@ -80,7 +81,7 @@ def check_engine(schema: dict[str, Any], seed: int) -> None:
 
     whole = run_sim(asked)
     assert whole[-1] == EOS_TOKEN
-    jsonschema.validate(json.loads(bytes(whole[:-1])), schema)
+    jsonschema.validate(json.loads(ByteTokenizer(CONFIG.vocab_size).decode(whole[:-1])), schema)
     cut = random.Random(seed).randrange(len(whole))
     assert whole[:cut] + run_sim(lambda: asked(*whole[:cut])) == whole
 

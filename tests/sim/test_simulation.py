@@ -103,8 +103,8 @@ def test_it_finds_a_store_that_does_not_verify():
 def test_it_finds_a_router_that_forgets_what_was_sent(monkeypatch):
     whole = router_legs.RequestLegs._generate_request
 
-    def forgetful(self, action, remaining_s):
-        return msgspec.structs.replace(whole(self, action, remaining_s), output_token_ids=[])
+    def forgetful(self, *told):
+        return msgspec.structs.replace(whole(self, *told), output_token_ids=[])
 
     monkeypatch.setattr(router_legs.RequestLegs, "_generate_request", forgetful)
     assert any("is wrong" in problem for problem in problems(range(12)))

@@ -19,7 +19,13 @@ Kind = type[ChatFormatter] | type[CompletionFormatter]
 
 
 def formatter(kind: Kind, model: str, **shown: bool) -> OpenAIFormatter[Any]:
-    counts = {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 1, "num_choices": 2}
+    counts = {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "cached_tokens": 1,
+        "num_choices": 2,
+        "approximate_tokens": None,
+    }
     ids = {"prompt_token_ids": lambda _: [1, 2, 3], "prompts": [[1, 2, 3]]}
     asked = SimpleNamespace(id="x-1", shown=ShownFields(**shown), approximate_tokens=None, **ids, **counts)
     return kind(asked, model, 1, ByteTokenizer(256))  # type: ignore[arg-type]
