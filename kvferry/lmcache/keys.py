@@ -113,7 +113,11 @@ RULES: Sequence[KeyRule] = (
     _ignored("min_retrieve_tokens hit_miss_ratio enable_scheduler_bypass_lookup", _MEASURED),
     _ignored("pre_caching_hash_algorithm PYTHONHASHSEED", "keys are chains of SHA-256, the same in every process"),
     _ignored("enable_pd enable_xpyd", "pd_role says which; prefillers and decoders are the usual case here"),
-    _refused("enable_blending", "only what was computed as the beginning of a prompt is reused", switch=True),
+    _refused(
+        "enable_blending",
+        "vLLM engines reuse only what was computed as the beginning of a prompt; nearest: docs/documents.md",
+        switch=True,
+    ),
     _ignored("blend_*", "of enable_blending"),
     _refused("gds_path weka_path maru_path", "nearest: a disk, local_disk, or `transport: ucx` between machines"),
     _ignored("use_gds gds_* weka_* maru_*", "of gds_path, weka_path or maru_path"),
