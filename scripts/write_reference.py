@@ -208,6 +208,11 @@ calls are objects; `reasoning` and `reasoning_content` are one; developers are t
 `chat_template_kwargs`, `documents` and `reasoning_effort` are variables of the template. One that cannot be read, or
 does too much, costs the chats that need it an error of 400, and nothing else.
 
+`documents` that the template does not write out come before the text of the last user's message, and those of a
+completion before its prompt. They, and parts of a message with `"document": true`, may be reused wherever they stand,
+if the cluster file says so ([documents.md](documents.md)): the header `X-KVFerry-Approximate` and `approximate_tokens`
+of `usage.prompt_tokens_details` say whether any was.
+
 `allowed_token_ids` and `bad_words` bind the engine; the words' tokens are those that vLLM makes of them, at the
 beginning and after a blank. `repetition_detection` ends an answer with the token with which vLLM ends it, and
 `finish_reason` `repetition`. `vllm_xargs` and `thinking_token_budget` are for vLLM's engines, the latter where they
