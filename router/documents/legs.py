@@ -40,6 +40,12 @@ class LegDocuments:
         """Of a decode leg. `waits`: for the prefill leg that began last."""
         return self._prefill if waits and self._prefill.documents is None else self._of(node)
 
+    def computed_by_decoder(self, prompt_tokens: int) -> int:
+        """Of a prompt of so many, though all is handed over that can be: what is neither header nor document."""
+        if (told := self._told) is None:
+            return 0
+        return prompt_tokens - told.header - sum(stop - start for start, stop in told.spans)
+
     def num_chunks(self, prefiller: str, decoder: str, chunk_tokens: int) -> int | None:
         """That a prefill leg hands over which is told of documents: the full ones of their header, and their own. None:
         it is told of none."""

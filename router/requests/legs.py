@@ -160,7 +160,7 @@ class RequestLegs:
         if isinstance(action, StartDecode):
             again = any(one.kind == "decode" for one in self._records[:-1])
             if action.handoff or action.source is not None:
-                computes = 0
+                computes = self._documents.computed_by_decoder(len(self.spec.prompt_token_ids))
             elif again:
                 computes = len(self.spec.prompt_token_ids) + len(action.output_token_ids)
         self._watched[leg.id] = self._services.cluster.stalls.begin(

@@ -9,6 +9,8 @@ from support.router_fakes import CHUNK_TOKENS, FakeNode, Rig, make_rig, two_and_
 
 from kvcore.config.kv.settings import BlendConfig
 from nodeapi.documents import Documents
+from router.documents.legs import LegDocuments
+from router.documents.named import NamedDocuments
 
 ON = BlendConfig(mode="first_k", k=2)
 TEXTS = ["a text of some length, " * 3, "another one, " * 4, "short"]
@@ -140,6 +142,15 @@ async def test_both_legs_are_told_or_neither_and_the_record_says_why(lacking: tu
     told = await record(rig, reply)
     assert all("knows no documents" in leg["documents_computed"] for leg in told["legs"])
     assert reply.headers["x-kvferry-approximate"] == "false"
+
+
+@pytest.mark.parametrize("why", ["", "off"])
+def test_a_decoder_that_is_handed_documents_still_has_the_rest_to_compute(why: str) -> None:
+    named = NamedDocuments("field", 32, [(32, 40), (50, 70)], k=4, why=why)
+    legs = LegDocuments(named, lambda node: "")
+    assert legs.computed_by_decoder(100) == (0 if why else 100 - 32 - 8 - 20)
+    assert LegDocuments(None, lambda node: "").computed_by_decoder(100) == 0
+    assert legs.num_chunks("p", "d", 16) == (None if why else 2 + 1 + 2)
 
 
 async def test_where_logprobs_of_the_prompt_are_wanted_all_of_it_is_computed() -> None:
