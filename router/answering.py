@@ -106,7 +106,9 @@ class Answerer:
         if not name or name in self.names:
             return request
         identity = self.adapters.identity(name)
-        specs = [replace(spec, cache_salt=adapted_salt(identity, spec.cache_salt)) for spec in request.specs]
+        specs = [
+            replace(spec, cache_salt=adapted_salt(identity, spec.cache_salt), adapter=name) for spec in request.specs
+        ]
         return replace(request, specs=specs)
 
     def told_name(self, name: str | None) -> str:

@@ -224,8 +224,8 @@ def _add_openai(
 def _add_models(app: FastAPI, answerer: Answerer) -> None:
     created = int(time.time())
 
-    def served(name: str) -> dict[str, object]:
-        adapter = None if name in answerer.names else answerer.adapters.paths().get(name)
+    def served(name: str, adapter: str | None) -> dict[str, object]:
+        """`adapter`: the path of the one that has this name; None: it is the model's."""
         return {
             "id": name,
             "object": "model",
@@ -238,14 +238,14 @@ def _add_models(app: FastAPI, answerer: Answerer) -> None:
 
     @app.get("/v1/models", **openapi.plain("The names of the model that is served, and of its adapters"))
     async def models() -> Response:
-        return JsonReply(
-            {"object": "list", "data": [served(name) for name in (*answerer.names, *answerer.adapters.paths())]}
-        )
+        named: dict[str, str | None] = {**answerer.adapters.paths(), **dict.fromkeys(answerer.names)}
+        listed = sorted(named, key=lambda name: named[name] is not None)  # the model's own names come first
+        return JsonReply({"object": "list", "data": [served(name, named[name]) for name in listed]})
 
     @app.get("/v1/models/{name:path}", **openapi.plain("One model", not_found=True))
     async def model(name: str) -> Response:
         answerer.check_model(name)
-        return JsonReply(served(name))
+        return JsonReply(served(name, None if name in answerer.names else answerer.adapters.paths()[name]))
 
 
 def _add_status(app: FastAPI, view: RouterView) -> None:

@@ -105,6 +105,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     client_request_id: str | None = None
     tenant: str = ""
     """Whose it is; empty: no keys are configured."""
+    adapter: str = ""
+    """The name of the adapter that answers; empty: the model alone."""
     process: str | None = None
     """Which of the router's processes answers it; None: there is one."""
     began_at: float = 0.0
@@ -166,6 +168,7 @@ def record_of(spec: RequestSpec, decision: Decision, waited_s: float = 0.0) -> R
         id=spec.request_id,
         client_request_id=spec.client_request_id,
         tenant=spec.tenant,
+        adapter=spec.adapter,
         prompt_tokens=len(spec.prompt_token_ids),
         documents=documents_record(spec.documents),
         waited_s=waited_s,
@@ -258,6 +261,7 @@ class RequestLog:
             id=record.id,
             client_id=record.client_request_id,
             tenant=record.tenant or None,
+            adapter=record.adapter or None,
             state=record.state,
             prompt_tokens=record.prompt_tokens,
             cached_tokens=record.cached_tokens,

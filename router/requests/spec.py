@@ -165,6 +165,8 @@ class RequestSpec:
     """Of the requests that a router takes at a time: while more are under way this one is refused."""
     session: str = ""
     """What the client names its requests by that belong together. It chooses nodes, nothing else."""
+    adapter: str = ""
+    """The name of the adapter that the salt names, for people; empty: the model alone."""
     documents: NamedDocuments | None = None
     """That the client names in it. None: it names none."""
     keys: KeptKeys = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -72,6 +72,14 @@ async def test_on_every_surface_it_goes_to_nodes_that_serve_it_under_its_own_sal
         assert legs(fakes)[-1][1] == b"" or any(salt == b"" for _, salt in legs(fakes))
 
 
+async def test_the_record_of_a_request_says_whose_answer_it_is() -> None:
+    async with client(await make_rig(nodes(d0=[SQL]))) as http:
+        for name in ("sql", "fake-model"):
+            await http.post("/v1/completions", json=BODIES["/v1/completions"] | {"model": name})
+        newest = (await http.get("/v1/requests")).json()["requests"]
+    assert [one["adapter"] for one in newest] == ["", "sql"]
+
+
 async def test_texts_are_made_tokens_by_its_name_too() -> None:
     async with client(await make_rig(nodes(d0=[SQL]))) as http:
         asked = [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})]
