@@ -92,6 +92,16 @@ CACHE_TOKENS = _counter("cache_tokens_total", "Cached prompt tokens: `engine`, `
 CACHE_MISSED_TOKENS = _counter(
     "cache_missed_tokens_total", "Other prompt tokens: `last_chunk`, `gone`, `new` or `unknown`", "why"
 )
+ROUTER_SHADOW = _counter(
+    "router_shadow_total",
+    "Requests that were to be computed in full too: `exact` or `documents`; `same`, `diverged`, `compared`, ...",
+    "reuse",
+    "outcome",
+)
+ROUTER_WRONG_CHUNKS = _counter("router_wrong_chunks_total", "Chunks reused by prefix that were not what tokens give")
+ROUTER_BLEND_OFF = _gauge(
+    "router_blend_off", "1: documents of this kind are not reused, as that cost too much", "model", "kind"
+)
 CACHE_UNUSED_TOKENS = _counter("cache_unused_tokens_total", "Prompt tokens promoted from a tier and then not used")
 
 # --- metadata server -------------------------------------------------------------------------------------------

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 
 from fastapi import FastAPI
 
-from kvcore.clock import Clock, SystemClock
+from kvcore.clock import SystemClock
 from kvcore.config.schema import ClusterConfig, RouterConfig
 from kvcore.config.servers import other_urls
 from kvcore.errors import MetadataProtocolError, MetadataUnavailableError
@@ -55,6 +55,7 @@ from router.requests.limits import RequestLimits
 from router.requests.records import RequestLog
 from router.requests.services import RequestServices
 from router.routing.policy import make_policy
+from router.shadow.wiring import open_shadow
 from router.status import StatusView
 from router.tenants.wiring import open_guard
 from router.text.grammar_checks import open_checks
@@ -93,8 +94,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
     connected = None if subscription is None else lambda: subscription.connected
     problems = ClusterProblems(cluster, clock, connected)
     prober.on_round.append(problems.say)
-    watch, cache = _watch_cache(config, cluster, log, clock)
-    HintPins(cluster, log, clock, config, services.control, store=metadata)
+    watch, cache = _watch_cache(config, services, metadata)
     stopping = lambda: dispatcher.stopping  # noqa: E731
     status = StatusView(config, cluster, log, clock, connected, problems=problems, cache=cache, stopping=stopping)
     live.told.append(status.go_by)
@@ -106,13 +106,16 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
     add_routes = _operators_routes(
         config, cluster, client, prober, lifecycle, metadata=metadata, answerer=answerer, connected=connected
     )
+    shadow = open_shadow(
+        config, services, lifecycle, metadata=metadata, status=status, metrics=metrics.metrics, shared=load
+    )
     app = make_app(
         answerer,
         RouterView(status, log, metrics, await open_siblings(config, lifecycle.stack, trust, place), name=place.name),
         metrics,
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
-        more=partial(_add_all, add_routes, load),
+        more=partial(_add_all, (add_routes, shadow.add_routes), load),
         guard=await open_guard(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer, process=place.number),
         no_node=_no_node(services, prober, stopping, live),
         habits=habits,
@@ -298,15 +301,19 @@ def _operators_routes(
     return add_all
 
 
-def _add_all(add_routes: Callable[[FastAPI], None], shared: SharedAdmission | None, app: FastAPI) -> None:
-    add_routes(app)
+def _add_all(routes: Sequence[Callable[[FastAPI], None]], shared: SharedAdmission | None, app: FastAPI) -> None:
+    for add in routes:
+        add(app)
     if shared is not None:
         add_load(app, shared)
 
 
 def _watch_cache(
-    config: ClusterConfig, cluster: Cluster, log: RequestLog, clock: Clock
+    config: ClusterConfig, services: RequestServices, metadata: MetadataClient | None
 ) -> tuple[CacheWatch, CacheReplay]:
+    """Also keeps what clients' hints ask to have kept, from now on."""
+    cluster, log, clock = services.cluster, services.log, services.clock
+    HintPins(cluster, log, clock, config, services.control, store=metadata)
     saves_output = config.engine is None or config.engine.save_output
     watch = CacheWatch(cluster, log, clock, seed=secrets.randbits(64), saves_output=saves_output)
     return watch, CacheReplay(watch, cluster, config, clock)

@@ -67,6 +67,8 @@ def _check_engines(config: ClusterConfig) -> Iterator[str]:
     for path, engine in engines.items():
         if isinstance(engine, VllmEngineConfig):
             yield from _check_vllm(path, engine, config.engine)
+            if config.kv.shadow:
+                yield f"kv.shadow: {path} is vllm, which compares nothing (engine torch does); take it out"
             block_path, block_size = f"{path}.args.block-size", argument(engine.args, "block-size")
         else:
             block_path, block_size = f"{path}.block_size", engine.block_size

@@ -208,8 +208,9 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     port: Port = 8000
     """Of the OpenAI API; without `admin_port` also of what the router says of the cluster, and of orders about it."""
     admin_port: Port | None = None
-    """A port for operators alone: `/metrics`, `/v1/cluster`, `/v1/nodes`, `/v1/cache`, `/v1/weights`, `/v1/janitor` and
-    all of `/v1/requests` are answered there, and no more on `port`. With `security.tls` by certificates."""
+    """A port for operators alone: `/metrics`, `/v1/cluster`, `/v1/nodes`, `/v1/cache`, `/v1/weights`, `/v1/janitor`,
+    `/v1/blend` and all of `/v1/requests` are answered there, and no more on `port`. With `security.tls` by
+    certificates."""
     admin_host: Text | None = None
     """What it listens on; not set: `host`."""
     processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1

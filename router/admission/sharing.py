@@ -8,7 +8,7 @@ on its own share of the places, whatever the nodes say of others. Pure.
 
 import secrets
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -18,6 +18,7 @@ from kvcore.clock import Clock
 from kvcore.errors import InvalidRequestError
 from router.admission.fair_queue import FairQueue
 from router.admission.limits import AdmissionLimits
+from router.shadow.gate import KindSwitch
 
 Order = tuple[int, float]
 """(rank, start) of who waits: the least goes first."""
@@ -40,13 +41,15 @@ class NodeUse(msgspec.Struct, array_like=True):
 
 class AdmissionReport(msgspec.Struct):
     """What one router tells. `router` is drawn at its start. `now`: its queue's time. `first`: of all that wait there;
-    None: nobody does. `flows`: those that were there lately. `nodes`: those that have work of it."""
+    None: nobody does. `flows`: those that were there lately. `nodes`: those that have work of it. `switches`: whether
+    documents of a kind are reused."""
 
     router: str
     now: float
     first: Order | None
     flows: dict[str, FlowUse]
     nodes: dict[str, NodeUse]
+    switches: list[KindSwitch] = []
 
 
 @dataclass(slots=True)
@@ -92,6 +95,9 @@ class SharedAdmission:
         self.wake: Callable[[], None] = lambda: None
         self.on_change: list[Callable[[], None]] = []
         """Called when the others should be told at once."""
+        self.switches: Callable[[], list[KindSwitch]] = list
+        self.told_switches: Callable[[Sequence[KindSwitch]], None] = lambda _switches: None
+        """Of documents (`router.shadow.gate`): what is told of them, and who is told what others say."""
         self._heard: dict[str, _Heard] = {}
         self._counted = False
         self._said_first: Order | None = None
@@ -117,8 +123,12 @@ class SharedAdmission:
     def changed(self) -> None:
         """Who waits here or what this router has on the nodes is another: somebody who waits may go now."""
         if self.is_busy or self._said_first is not None:
-            for tell in self.on_change:
-                tell()
+            self.tell_all()
+
+    def tell_all(self) -> None:
+        """Something is to be told soon."""
+        for tell in self.on_change:
+            tell()
 
     def problem(self) -> str | None:
         """A sentence for people, while others are not heard; None: all are."""
@@ -145,7 +155,7 @@ class SharedAdmission:
         first = queue.next()
         order = None if first is None else first.order[:2]
         self._said_first = order
-        return AdmissionReport(self.name, queue.now, order, flows, dict(self._nodes()))
+        return AdmissionReport(self.name, queue.now, order, flows, dict(self._nodes()), self.switches())
 
     def told(self, report: AdmissionReport) -> None:
         """Another router told this. Raises InvalidRequestError: there are too many."""
@@ -158,6 +168,7 @@ class SharedAdmission:
             if len(self._heard) >= self._limits.max_routers:
                 raise InvalidRequestError(f"more than {self._limits.max_routers} routers say what they do")
             known = self._heard[report.router] = _Heard(now, report, now)
+        self.told_switches(report.switches)
         for name, use in report.flows.items():
             queue.charged_elsewhere(name, known.charge(name, use.charged, self._limits.max_flows))
         queue.reach(report.now)

@@ -17,8 +17,8 @@ COUNTED = POOLING | frozenset(
 OPEN = frozenset({"/health", "/ping"})
 _PLAIN = COUNTED | {"/v1/models", "/openapi.json", "/version"}
 _RECORDS = "/v1/requests"
-_ORDERS = ("/v1/nodes", "/v1/janitor", "/v1/cache", "/v1/weights", "/v1/process")
-_ASK_OTHERS = ("/v1/nodes", "/v1/janitor", "/v1/cache/generations", "/v1/process")
+_ORDERS = ("/v1/nodes", "/v1/janitor", "/v1/cache", "/v1/weights", "/v1/process", "/v1/blend")
+_ASK_OTHERS = ("/v1/nodes", "/v1/janitor", "/v1/cache/generations", "/v1/process", "/v1/blend")
 
 
 def is_clients(path: str, *, records: bool) -> bool:
@@ -29,5 +29,5 @@ def is_clients(path: str, *, records: bool) -> bool:
 
 def is_operators_path(method: str, path: str) -> bool:
     """Whether a request is an operator's: an order about the cluster, or a question for which nodes, tiers or the
-    metadata server are asked in turn."""
+    metadata server are asked in turn, or that shows requests of all tenants."""
     return path.startswith(_ORDERS if method == "POST" else _ASK_OTHERS)

@@ -18,9 +18,9 @@ from starlette.types import ASGIApp
 from support.metadata_rigs import DirectTransport
 
 from kvcore.clock import SystemClock
-from kvcore.config.kv.settings import BlendConfig
+from kvcore.config.kv.settings import BlendConfig, KVConfig
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig, SimEngineConfig, StoreConfig
-from kvcore.errors import InvalidRequestError, KVFerryError, NodeUnavailableError
+from kvcore.errors import InvalidRequestError, KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.process.asgi import AsgiServer
 from kvcore.types import KVSpec, NodeInfo, Role, Segment
 from kvnode.upkeep import NodeUpkeep
@@ -28,7 +28,7 @@ from metadata_server.client import MetadataClient
 from metadata_server.core import MetadataCore
 from metadata_server.index.state import MetadataState
 from nodeapi.adapters import ServedAdapter
-from nodeapi.documents import UNKNOWN
+from nodeapi.documents import UNKNOWN, CompareReply, CompareRequest
 from nodeapi.grammars.compiler import Grammars
 from nodeapi.messages import (
     PROTOCOL,
@@ -87,10 +87,18 @@ from router.requests.limits import RequestLimits
 from router.requests.records import RequestLog
 from router.requests.services import RequestServices
 from router.routing.policy import RoutePolicy, make_policy
+from router.shadow.comparing import ShadowComparisons
+from router.shadow.gate import BlendGate
+from router.shadow.limits import ShadowLimits
+from router.shadow.quarantine import ChunkQuarantine
+from router.shadow.routes import BlendRoutes
+from router.shadow.wiring import show
 from router.status import StatusView
 from router.text.grammar_checks import GrammarChecks
 from router.text.model_habits import ModelHabits, SamplingDefaults
 from router.text.tokenizer import ByteTokenizer, Tokenizer
+from router.upkeep.limits import UpkeepLimits
+from router.upkeep.nodes import KeepingNodes
 from router.upkeep.wiring import make_upkeep, tier_sight
 
 CHUNK_TOKENS = 16
@@ -196,6 +204,9 @@ class FakeNode:
     """What the next calls of `promote` bring; then nothing."""
     promote_requests: list[PromoteRequest] = field(default_factory=list)
     """Why it takes no other weights over."""
+    compared: list[CompareReply | KVFerryError] = field(default_factory=list)
+    """What the next comparisons come to; then it is overloaded."""
+    compares: list[CompareRequest] = field(default_factory=list)
     upkeep: NodeUpkeep | None = None
     """Its segment and tiers, for those who ask; None: it is older than such calls."""
     handoff_ends: dict[str, asyncio.Event] = field(default_factory=dict)
@@ -235,6 +246,14 @@ class FakeNode:
             refused=self.refused,
             tiers=self.tiers,
         )
+
+    def compare(self, request: CompareRequest) -> CompareReply:
+        self._check()
+        self.compares.append(request)
+        reply = self.compared.pop(0) if self.compared else OverloadedError("the engine has other work")
+        if isinstance(reply, KVFerryError):
+            raise reply
+        return reply
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
         self._check()
@@ -381,6 +400,9 @@ class FakeNodes:
         node._check()
         return node.report()
 
+    async def compare(self, url: str, request: CompareRequest, *, timeout_s: float) -> CompareReply:
+        return self.by_url[url].compare(request)
+
     async def generations(self, url: str, request: GenerationsRequest, *, timeout_s: float) -> GenerationsReply:
         return await self._upkeep(url).generations(request)
 
@@ -444,6 +466,8 @@ class Rig:
     core: MetadataCore
     admission: Admission
     view: RouterView
+    gate: BlendGate
+    shadow: ShadowComparisons
 
 
 async def make_rig(
@@ -464,12 +488,14 @@ async def make_rig(
     guard: Callable[[RequestLog, ASGIApp], ASGIApp] = lambda _, app: app,
     kept: KeptResponses | None = None,
     blend: BlendConfig = BlendConfig(),
+    shadow: float = 0.0,
+    shadow_limits: ShadowLimits = ShadowLimits(),
     **router: object,
 ) -> Rig:
     """Probed once. `wait_s`: requests wait so long for a node, two at a time; None: they are refused. `parser`: as
     `model.parser`. `guard`: as in `make_app`, told where requests are logged."""
     nodes = nodes or two_and_two()
-    config = cluster_config(nodes.nodes, None, **router)
+    config = msgspec.structs.replace(cluster_config(nodes.nodes, None, **router), kv=kv)
     clock, log = SystemClock(), RequestLog()
     cluster = Cluster(config, clock, tokenizer_digest=tokenizer.digest if tokenizer else "")
     prober = Prober(config.router, cluster, nodes, clock, node_limits)
@@ -519,9 +545,19 @@ async def make_rig(
     prober.on_round.append(admin.note_states)
     sight = tier_sight(cluster, nodes, index)
     upkeep = make_upkeep(config, cluster, nodes, metadata=index, answerer=answerer, probe=prober.probe, clock=clock)
+    gate = BlendGate(blend, clock.wall)
+    quarantine = ChunkQuarantine(index, KeepingNodes(cluster, nodes, UpkeepLimits()))
+    shares = shadow, blend.shadow
+    shadow = ShadowComparisons(
+        cluster, nodes, clock, gate, quarantine.drop, shares=shares, draw=lambda: 0.5, limits=shadow_limits
+    )
+    log.prompt_observers.append(shadow.ended)
+    status.problems_beside += [gate.problem, shadow.problem]
+    show(gate, shadow, metrics.metrics)
 
     def add_routes(app: FastAPI) -> None:
         upkeep.add_to(app)
+        BlendRoutes(gate, shadow, int(bounds.max_body)).add_to(app)
         AdminRoutes(admin, SegmentRebalance(index), ClusterJanitor(cluster, index, sight), int(bounds.max_body)).add_to(
             app
         )
@@ -556,6 +592,8 @@ async def make_rig(
         core,
         admission,
         view,
+        gate,
+        shadow,
     )
 
 

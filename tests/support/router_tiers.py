@@ -70,8 +70,8 @@ async def put(tier: MemoryTier, keys: list[ChunkKey], fingerprint: bytes = LIVE)
     await tier.save([chunk_of(ChunkName(fingerprint, key), 100) for key in keys], timeout_s=1)
 
 
-async def kept_rig(nodes: FakeNodes | None = None) -> tuple[Rig, Kept, httpx.AsyncClient]:
+async def kept_rig(nodes: FakeNodes | None = None, **more: Any) -> tuple[Rig, Kept, httpx.AsyncClient]:
     nodes = nodes or two_and_two()
     kept = Kept(nodes)
-    rig = await make_rig(nodes)
+    rig = await make_rig(nodes, **more)
     return rig, kept, httpx.AsyncClient(transport=httpx.ASGITransport(cast(Any, rig.app)), base_url="http://router")

@@ -65,6 +65,7 @@ from metadata_server.partitions.subscription import PartitionedSubscription
 from metadata_server.subscription import IndexSink, IndexSubscription
 from metadata_server.versions import SPOKEN
 from nodeapi.adapters import ServedAdapter
+from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.messages import (
     PROTOCOL,
     GenerateRequest,
@@ -429,6 +430,14 @@ class SimNode(NodeService):
     async def abort(self, request_id: str) -> None:
         """See NodeService."""
         await self._engine().abort(request_id)
+
+    async def compare(self, request: CompareRequest) -> CompareReply:
+        """See NodeService."""
+        process = self.engine_process
+        try:
+            return await self._engine().compare(request)
+        except KVFerryError as error:
+            raise (error if process.alive else EngineDiedError("the engine's process ended")) from error
 
     async def promote(self, request: PromoteRequest) -> PromoteReply:
         """See NodeService."""

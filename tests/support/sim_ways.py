@@ -20,6 +20,7 @@ from kvcore.errors import (
     error_from_code,
 )
 from metadata_server.core import MetadataCore
+from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.messages import (
     GenerateRequest,
     NodeReport,
@@ -157,6 +158,10 @@ class NodeService:
         """As the control API."""
         raise NotImplementedError
 
+    async def compare(self, request: CompareRequest) -> CompareReply:
+        """As the control API."""
+        raise NotImplementedError
+
     async def promote(self, request: PromoteRequest) -> PromoteReply:
         """As the control API."""
         raise NotImplementedError
@@ -176,6 +181,8 @@ def node_app(node: NodeService) -> tuple[App, Stream]:
     async def call(path: str, body: bytes) -> bytes:
         if path == "/v1/prefill":
             return _encode(await node.prefill(_decode(body, PrefillRequest)))
+        if path == "/v1/compare":
+            return _encode(await node.compare(_decode(body, CompareRequest)))
         if path == "/v1/promote":
             return _encode(await node.promote(_decode(body, PromoteRequest)))
         if path == "/v1/info":
@@ -248,6 +255,11 @@ class SimNodeClient:
         """See NodeClient."""
         asked = _Asked("DELETE", f"/v1/requests/{request_id}")
         await self._call(url, asked, lambda node: node.abort(request_id), timeout_s, repeatable=True)
+
+    async def compare(self, url: str, request: CompareRequest, *, timeout_s: float) -> CompareReply:
+        """See `router.shadow.comparing.ComparingClient`."""
+        asked = _Asked("POST", "/v1/compare", CompareReply, request)
+        return await self._call(url, asked, lambda node: node.compare(request), timeout_s)
 
     async def promote(self, url: str, request: PromoteRequest, *, timeout_s: float) -> PromoteReply:
         """See `kvnode.tiers.peers.PromoteClient`."""

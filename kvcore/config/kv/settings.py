@@ -42,5 +42,8 @@ class KVConfig(Section, frozen=True, kw_only=True):
     encrypt: bool = False
     """Whether KV is encrypted wherever engines share it: in segments, on its way between nodes by any transport, and in
     tiers. It needs the cluster's secret. All nodes of a cluster have the same; what was stored before is not found."""
+    shadow: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """Share of the requests answered from the cache that are computed in full too while their node is idle, and
+    compared token by token. Chunks that are wrong are named in the log and dropped everywhere. 0: none."""
     blend: BlendConfig = BlendConfig()
     """Whether documents in prompts are reused wherever they stand, and what that may cost."""

@@ -27,6 +27,7 @@ ORDERS: dict[str, tuple[Any, str]] = {
     "/v1/cache/unpin": (PROMPT, 'what="cache unpin" on="1 prompts"'),
     "/v1/cache/expire": (PROMPT, 'what="cache expire" on="1 prompts"'),
     "/v1/cache/evict": (PROMPT, 'what="cache evict" on="1 prompts"'),
+    "/v1/blend/on": ({"kinds": ["part"]}, 'what="blend on" on=part'),
     "/v1/weights": ({"version": "v2"}, "what=weights on=v2"),
     "/v1/nodes/drain": (NODE, 'what="nodes drain" on=d0'),
     "/v1/nodes/undrain": (NODE, 'what="nodes undrain" on=d0'),

@@ -143,7 +143,7 @@ async def test_a_key_lets_in_and_every_other_way_to_write_it_does_not(door):
     assert two.status_code == 401, "of two keys none counts"
 
 
-ADMINS = ["/v1/cluster", "/metrics", "/v1/cache/stats", "/v1/cache/advise", "/v1/nodes"]
+ADMINS = ["/v1/cluster", "/metrics", "/v1/cache/stats", "/v1/cache/advise", "/v1/nodes", "/v1/blend"]
 
 
 @pytest.mark.parametrize("path", ADMINS)
