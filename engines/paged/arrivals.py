@@ -57,8 +57,10 @@ class Arrivals:
         return leg
 
     def compared_leg(self, request: GenerateRequest, forced: Sequence[int]) -> Leg:
-        """One way of a comparison, led along `forced`. Whatever comes later goes before it."""
+        """One way of a comparison, led along `forced`. Whatever comes later goes before it. Nothing of it is stored:
+        nobody asked for its output, and what it reuses may be wrong."""
         leg = self.decode_leg(request)
+        leg.saves = False
         leg.first.whole, leg.first.forced, leg.kept = True, forced, []
         leg.first.age = (_LAST + self._arrived, 0)
         return leg

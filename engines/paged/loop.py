@@ -236,16 +236,19 @@ class EngineLoop:
             leg.kept = []
 
     async def _distances(self, full: Leg, reused: Leg, limit: float) -> list[float]:
-        """Of each chunk that `reused` had by its prefix; those beyond `limit`, if it is one, are found no more."""
+        """Of each chunk that `reused` had by its prefix; those beyond `limit`, if it is one, are found no more, nor
+        what `reused` has computed behind them."""
         sequence, size, distances = reused.first, self._blocks.blocks_per_chunk, list[float]()
         exact = min(sequence.num_cached or 0, sequence.keyed_tokens) // sequence.chunk_tokens
-        for first, key in zip(range(0, exact * size, size), sequence.keys(exact), strict=True):
+        keys = sequence.keys(sequence.keyed_tokens // sequence.chunk_tokens)
+        for first, key in zip(range(0, exact * size, size), keys, strict=False):
             if not (full.kept and reused.kept):  # they were let go
                 break
             blocks = full.kept[first : first + size], reused.kept[first : first + size]
             distances.append(await self._runner.distance(*blocks))
             if 0 < limit < distances[-1]:
-                self._blocks.forget(key)
+                for wrong in (key, *keys[exact:]):
+                    self._blocks.forget(wrong)
         return distances
 
     async def _run_one_way(self, request: GenerateRequest, forced: Sequence[int]) -> Leg:

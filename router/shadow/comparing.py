@@ -41,11 +41,12 @@ class ComparingClient(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shadowed:
-    """A request that waits to be compared on `node`. `again`: it was found to be wrong on another one."""
+    """A request that waits to be compared on `node`. `again`: it was found to be wrong on another one.
+    `tokens`: its prompt, and what of its answer is in KV."""
 
     request_id: str
     node: str
-    prompt: list[int]
+    tokens: list[int]
     salt: bytes
     legs: Sequence[LegRecord]
     until: float
@@ -112,19 +113,20 @@ class ShadowComparisons:
 
     # --- what comes ---
 
-    def ended(self, record: RequestRecord, asked: RequestSpec, _output: Sequence[int]) -> None:
-        """A request has ended: a share of them is to be compared. For `RequestLog.prompt_observers`."""
+    def ended(self, record: RequestRecord, asked: RequestSpec, output: Sequence[int]) -> None:
+        """A request has ended: a share of them is to be compared. For `RequestLog.prompt_observers`. Chunks of its
+        output are verified with those of its prompt: what was computed behind a wrong chunk is wrong, too."""
         if record.state != "ok" or record.route is None or asked.sampling.prompt_logprobs is not None:
             return
         if record.cached_tokens and self._exact_share and self._draw() < self._exact_share:
-            self._add(self._of(record, asked))
+            self._add(self._of(record, asked, [*asked.prompt_token_ids, *output[:-1]]))
 
-    def _of(self, record: RequestRecord, asked: RequestSpec) -> Shadowed:
+    def _of(self, record: RequestRecord, asked: RequestSpec, tokens: list[int]) -> Shadowed:
         decoded = [leg.node for leg in record.legs if leg.kind == "decode" and leg.error is None]
         return Shadowed(
             request_id=record.id,
             node=decoded[0] if decoded else "",
-            prompt=asked.prompt_token_ids,
+            tokens=tokens,
             salt=asked.cache_salt,
             legs=record.legs,
             until=self._clock.now() + self._limits.patience_s,
@@ -132,7 +134,7 @@ class ShadowComparisons:
 
     def _add(self, one: Shadowed) -> None:
         self._waiting.append(one)
-        self._tokens += len(one.prompt)
+        self._tokens += len(one.tokens)
         while len(self._waiting) > self._limits.waiting or self._tokens > self._limits.waiting_tokens:
             self._end(self._waiting[0], "dropped")
         self._came.set()
@@ -140,7 +142,7 @@ class ShadowComparisons:
     def _end(self, one: Shadowed, outcome: str) -> None:
         if one in self._waiting:  # it may have given way to a new one while it was compared
             self._waiting.remove(one)
-            self._tokens -= len(one.prompt)
+            self._tokens -= len(one.tokens)
             self.counts[one.what, outcome] += 1
 
     # --- what is done ---
@@ -174,7 +176,7 @@ class ShadowComparisons:
         limits = self._limits
         request = CompareRequest(
             request_id=f"shadow-{one.request_id}",
-            prompt_token_ids=one.prompt,
+            prompt_token_ids=one.tokens,
             cache_salt=one.salt,
             documents=one.documents,
             num_tokens=limits.tokens,
@@ -209,7 +211,7 @@ class ShadowComparisons:
         self, one: Shadowed, node: KnownNode, spec: KVSpec, said: ReuseVerdict, reply: CompareReply
     ) -> None:
         """Name what is wrong, loudly, and have it dropped. What other engines have of it is looked for next."""
-        keys = prompt_keys(spec.fingerprint, one.salt, one.prompt, spec.chunk_tokens)
+        keys = prompt_keys(spec.fingerprint, one.salt, one.tokens, spec.chunk_tokens)
         chunks = [
             DivergentChunk(key=keys[number].hex(), number=number, distance=min(reply.distances[number], 1e9))
             for number in said.wrong

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.router_fakes import CHUNK_TOKENS, FakeNodes, Rig, until
+from support.router_fakes import CHUNK_TOKENS, FakeNodes, Rig, expected, until
 from support.router_tiers import LIVE, PROMPT, Kept, kept_rig, keys_of, put
 
 from kvcore.clock import SystemClock
@@ -95,7 +95,11 @@ async def test_a_request_answered_from_the_cache_is_compared_on_its_own_decoder_
         asked = await ask(client)
         await until(lambda: rig.shadow.counts["exact", "same"] == 1)
         [sent] = rig.nodes[decoder_of(rig, asked)].compares
-        assert sent.prompt_token_ids == PROMPT and sent.documents is None and 0 < sent.max_distance < 0.2
+        assert (
+            sent.prompt_token_ids == [*PROMPT, expected(PROMPT, 1)[0]]
+            and sent.documents is None
+            and 0 < sent.max_distance < 0.2
+        )
         assert rig.shadow.problem() is None and not rig.shadow.divergences
         shown = (await client.get("/v1/blend")).json()
         assert shown["comparisons"] == {"exact same": 1} and shown["waiting"] == 0 and shown["exact_shadow"] == 1.0
