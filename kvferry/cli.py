@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvcore.errors import ConfigError
 from kvcore.process.service import EXIT_CONFIG
 from kvcore.release import release
+from kvferry.blend.arguments import add_blend
 from kvferry.cache.arguments import add_cache
 from kvferry.janitor.arguments import add_janitor
 from kvferry.keys import add_keys
@@ -58,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(_command(commands, "config", None, "make a part of a cluster file from another program's"))
     text = "look at the cache of a running cluster, and give orders about it"
     add_cache(_command(commands, "cache", None, text), cluster_file)
+    text = "what the reuse of documents costs: on your own, and in a running cluster; and orders about it"
+    add_blend(_command(commands, "blend", None, text), cluster_file)
     text = "look at the nodes of a running cluster, drain them, and forget those that are gone"
     add_nodes(_command(commands, "nodes", None, text), cluster_file)
     add_node_orders(commands, cluster_file)

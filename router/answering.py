@@ -158,7 +158,7 @@ class Answerer:
         """As `start`, when its turn has come. Raises RateLimitError too, where its first token would come too late."""
         if self._admission is None:  # whoever comes gets in
             return self.start(request)
-        request = self._gated(request)
+        request = self.gated(request)
         self._check(request)
         return await self._admission.admit(request, partial(self._open, request))
 
@@ -167,7 +167,7 @@ class Answerer:
 
         Raises NodeUnavailableError, InvalidRequestError, ContextLengthError, OverloadedError: of none is anything left.
         """
-        request = self._gated(request)
+        request = self.gated(request)
         self._check(request)
         return self._open(request)
 
@@ -195,7 +195,7 @@ class Answerer:
             raise
         return ClientAnswer(self.tokenizer, runs, request, self._limits)
 
-    def _gated(self, request: AnswerRequest) -> AnswerRequest:
+    def gated(self, request: AnswerRequest) -> AnswerRequest:
         """Its documents are reused if that is allowed now."""
         if all(spec.documents is None for spec in request.specs):
             return request

@@ -35,6 +35,7 @@ from router.cache.replay import CacheReplay
 from router.cache.watch import CacheWatch
 from router.client_answer import AnswerLimits
 from router.descriptors import LEGS_PER_REQUEST
+from router.documents.gate import DocumentGate
 from router.kv_events.feed import event_feeds
 from router.listeners import RouterListeners
 from router.metrics import RouterMetrics
@@ -51,9 +52,7 @@ from router.processes.siblings import open_siblings
 from router.processes.view import RouterView
 from router.reload import LiveRouter
 from router.requests.dispatch import Dispatcher
-from router.requests.limits import RequestLimits
-from router.requests.records import RequestLog
-from router.requests.services import RequestServices
+from router.requests.services import RequestServices, make_services
 from router.routing.policy import make_policy
 from router.shadow.wiring import open_shadow
 from router.status import StatusView
@@ -78,9 +77,8 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
     lifecycle.stack.push_async_callback(client.aclose)
     cluster = Cluster(config, clock, tokenizer_digest=tokenizer.digest)
     prober = Prober(bounds, cluster, client, clock)
-    log = RequestLog(clock, place.name or None)
-    limits = RequestLimits().waiting_for_start(config.service.start_s)
-    services = RequestServices(bounds, cluster, client, clock, log, handoff=config.handoff, limits=limits)
+    services = make_services(config, cluster, client, clock, place.name)
+    log = services.log
     dispatcher = Dispatcher(services, make_policy(bounds.policy))
     live = _live(services, dispatcher, prober, lifecycle)
     lifecycle.stack.push_async_callback(dispatcher.aclose)
@@ -106,7 +104,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
     add_routes = _operators_routes(
         config, cluster, client, prober, lifecycle, metadata=metadata, answerer=answerer, connected=connected
     )
-    shadow = open_shadow(
+    add_blend = open_shadow(
         config, services, lifecycle, metadata=metadata, status=status, metrics=metrics.metrics, shared=load
     )
     app = make_app(
@@ -115,7 +113,7 @@ async def run_router(config: ClusterConfig, lifecycle: Lifecycle, place: Process
         metrics,
         max_body_bytes=bounds.max_body,
         cors=bounds.cors,
-        more=partial(_add_all, (add_routes, shadow.add_routes), load),
+        more=partial(_add_all, (add_routes, add_blend), load),
         guard=await open_guard(config, log, clock, lifecycle, trust=trust, tokenizer=tokenizer, process=place.number),
         no_node=_no_node(services, prober, stopping, live),
         habits=habits,
@@ -213,6 +211,7 @@ def _answerer(
         admission=admission,
         grammars=lifecycle.stack.enter_context(closing(open_checks(config, tokenizer))),
         blend=config.kv.blend,
+        gate=DocumentGate(config.kv.blend, services.gate),
     )
 
 

@@ -1,17 +1,19 @@
-"""Whether documents may be reused now. What turns it off by itself belongs here; the setting is all there is so far."""
+"""Whether documents may be reused now: by the setting, and by what that has cost of late (`router.shadow.gate`)."""
 
 from dataclasses import replace
 
 from kvcore.config.kv.settings import BlendConfig
 from router.documents.named import DocumentKind
 from router.requests.spec import RequestSpec
+from router.shadow.gate import BlendGate
 
 
 class DocumentGate:
     """Of one router. Asked once for each prompt that names documents."""
 
-    def __init__(self, config: BlendConfig = BlendConfig()) -> None:
-        self._config = config
+    def __init__(self, config: BlendConfig = BlendConfig(), judged: BlendGate | None = None) -> None:
+        """`judged`: what turns kinds off by itself; None: nothing does."""
+        self._config, self._judged = config, judged
 
     def __repr__(self) -> str:
         return f"<DocumentGate {self._config.mode}>"
@@ -19,7 +21,10 @@ class DocumentGate:
     def why_not(self, model: str, kind: DocumentKind) -> str:
         """Why documents of this kind are computed as all other text is, for people; empty: they are reused. `model`:
         its name."""
-        return "" if self._config.mode != "off" else "kv.blend.mode is off"
+        if self._config.mode == "off":
+            return "kv.blend.mode is off"
+        why = self._judged.why_off(model, kind) if self._judged is not None else ""
+        return f"turned off, until `kvferry blend on`: {why}" if why else ""
 
     def passed(self, model: str, spec: RequestSpec) -> RequestSpec:
         """The request, whose documents are reused if the gate is open now."""

@@ -51,9 +51,8 @@ class Shadowed:
     legs: Sequence[LegRecord]
     until: float
     documents: Documents | None = None
-    model: str = ""
     kind: str = ""
-    """With `model`: whose documents are judged by it."""
+    """Of documents that are judged by it."""
     again: bool = False
 
     @property
@@ -63,8 +62,8 @@ class Shadowed:
 
 
 class ShadowComparisons:
-    """One a router. `draw`: a number in [0, 1), anew each time. `shares`: of requests answered from the cache exactly,
-    and with documents."""
+    """One a router, for its one model. `draw`: a number in [0, 1), anew each time. `shares`: of requests answered from
+    the cache exactly, and with documents."""
 
     def __init__(
         self,
@@ -74,12 +73,14 @@ class ShadowComparisons:
         gate: BlendGate,
         drop: DropChunks,
         *,
+        model: str,
         shares: tuple[float, float],
         draw: Callable[[], float],
         limits: ShadowLimits = ShadowLimits(),
     ) -> None:
         self._cluster, self._client, self._clock = cluster, client, clock
         self._gate, self._drop, self._limits = gate, drop, limits
+        self._model = model
         self._exact_share, self._documents_share = shares
         self._draw = draw
         self._waiting: deque[Shadowed] = deque()
@@ -118,8 +119,16 @@ class ShadowComparisons:
         output are verified with those of its prompt: what was computed behind a wrong chunk is wrong, too."""
         if record.state != "ok" or record.route is None or asked.sampling.prompt_logprobs is not None:
             return
-        if record.cached_tokens and self._exact_share and self._draw() < self._exact_share:
+        told = asked.documents.told if asked.documents is not None else None
+        if asked.documents is not None and told is not None:
+            if record.approximate_tokens and self._is_drawn(self._documents_share):
+                one = self._of(record, asked, asked.prompt_token_ids)
+                self._add(replace(one, documents=told, kind=asked.documents.kind))
+        elif record.cached_tokens and self._is_drawn(self._exact_share):
             self._add(self._of(record, asked, [*asked.prompt_token_ids, *output[:-1]]))
+
+    def _is_drawn(self, share: float) -> bool:
+        return share > 0 and self._draw() < share
 
     def _of(self, record: RequestRecord, asked: RequestSpec, tokens: list[int]) -> Shadowed:
         decoded = [leg.node for leg in record.legs if leg.kind == "decode" and leg.error is None]
@@ -203,8 +212,8 @@ class ShadowComparisons:
     def _judge_documents(self, one: Shadowed, node: KnownNode, reply: CompareReply) -> str:
         if not reply.approximate_tokens or not reply.kl:
             return "nothing_reused"
-        if why := self._gate.compared(one.model, one.kind, reply.kl[0], reply.agreement):
-            log_fields(_log, logging.ERROR, "blend_off", model=one.model, kind=one.kind, node=node.id, why=why)
+        if why := self._gate.compared(self._model, one.kind, reply.kl[0], reply.agreement):
+            log_fields(_log, logging.ERROR, "blend_off", model=self._model, kind=one.kind, node=node.id, why=why)
         return "compared"
 
     async def _tell(

@@ -3,7 +3,6 @@
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from fastapi import FastAPI
 
@@ -26,14 +25,6 @@ from router.upkeep.nodes import KeepingNodes
 _log = logging.getLogger("router")
 
 
-@dataclass(frozen=True, slots=True)
-class Shadow:
-    """What the rest of a router needs of it."""
-
-    gate: BlendGate
-    add_routes: Callable[[FastAPI], None]
-
-
 def open_shadow(
     config: ClusterConfig,
     services: RequestServices,
@@ -43,12 +34,12 @@ def open_shadow(
     status: StatusView,
     metrics: Metrics,
     shared: SharedAdmission | None,
-) -> Shadow:
-    """Compares from now on. `shared`: by what the other routers are told; None: there are none."""
-    cluster, client, clock = services.cluster, services.client, services.clock
-    gate = BlendGate(config.kv.blend, clock.wall)
+) -> Callable[[FastAPI], None]:
+    """Compares from now on. Returns what adds the routes. `shared`: by what the other routers are told; None:
+    there are none."""
+    cluster, client, clock, gate = services.cluster, services.client, services.clock, services.gate
     if metadata is None or not isinstance(client, HttpNodeClient):
-        return Shadow(gate, add_no_blend)
+        return add_no_blend
     quarantine = ChunkQuarantine(metadata, KeepingNodes(cluster, client, UpkeepLimits()))
     shadow = ShadowComparisons(
         cluster,
@@ -56,6 +47,7 @@ def open_shadow(
         clock,
         gate,
         quarantine.drop,
+        model=config.model.name,
         shares=(config.kv.shadow, config.kv.blend.shadow if config.kv.blend.mode != "off" else 0.0),
         draw=random.Random().random,
     )
@@ -66,7 +58,7 @@ def open_shadow(
     show(gate, shadow, metrics)
     if shared is not None:
         share(gate, shared)
-    return Shadow(gate, BlendRoutes(gate, shadow, int(config.router.max_body)).add_to)
+    return BlendRoutes(gate, shadow, int(config.router.max_body)).add_to
 
 
 def show(gate: BlendGate, shadow: ShadowComparisons, metrics: Metrics) -> None:

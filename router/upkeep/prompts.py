@@ -31,18 +31,20 @@ async def prompts_in(
     body = parse(raw, _kind(raw))
     if body.model:
         answerer.check_model(body.model)
+    prompts = await answerer.read(prompts_of(body, limits), caller.apart(body.cache_salt))
     request = answer_request(
         body,
-        await answerer.encode(prompts_of(body, limits), caller.apart(body.cache_salt)),
+        [one.token_ids for one in prompts],
         max_context=answerer.max_context,
         request_id=f"cache-{uuid.uuid4().hex}",
         client_request_id="",
         limits=limits,
+        documents=[one.documents for one in prompts],
     )
     for spec in request.specs:
         if not spec.prompt_token_ids:
             raise InvalidRequestError(f"{request.names.prompt} has no tokens", param=request.names.prompt)
-    return list(caller.salted(answerer.adapted(request, body.model)).specs)
+    return list(answerer.gated(caller.salted(answerer.adapted(request, body.model))).specs)
 
 
 def _kind(raw: bytes) -> type[ChatRequest] | type[CompletionRequest]:

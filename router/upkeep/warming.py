@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from kvcore.chunk_keys import split_adapter
 from kvcore.clock import Clock
 from kvcore.config.schema import RouterConfig
-from kvcore.errors import DeadlineExceededError, KVFerryError, NodeUnavailableError
+from kvcore.errors import DeadlineExceededError, InvalidRequestError, KVFerryError, NodeUnavailableError
 from kvcore.types import Role
+from nodeapi.documents import Documents
 from nodeapi.messages import PrefillRequest, PrefillResult
 from nodeapi.protocol import NodeClient
+from router.documents.named import why_refused
 from router.nodes.cluster import Cluster, KnownNode
 from router.requests.spec import RequestSpec
 from router.routing.views import serves
@@ -74,13 +76,25 @@ class PromptWarmer:
                 raise DeadlineExceededError("no prefiller had time for a warm-up")
             await asyncio.sleep(self._limits.warm_poll_s)
 
+    def _documents(self, node: KnownNode, spec: RequestSpec) -> Documents | None:
+        """What the node is told of the prompt's documents; None: it names none. Raises InvalidRequestError where they
+        would be computed as all other text: nothing that is found again elsewhere would come of it."""
+        if spec.documents is None:
+            return None
+        engine = node.report.engine if node.report is not None else None
+        if why := spec.documents.why or why_refused(engine):
+            raise InvalidRequestError(f"documents are not warmed: {why}", param="documents")
+        return spec.documents.told
+
     async def _prefill(self, node: KnownNode, spec: RequestSpec, timeout_s: float) -> PrefillResult:
+        documents = self._documents(node, spec)
         chosen = self._cluster.work_chosen(node.id, sequences=0, prefill_tokens=len(spec.prompt_token_ids))
         work = self._cluster.leg_started(chosen, sequences=0)
         request = PrefillRequest(
             request_id=spec.request_id,
             prompt_token_ids=spec.prompt_token_ids,
             cache_salt=spec.cache_salt,
+            documents=documents,
             deadline_s=timeout_s,
         )
         try:

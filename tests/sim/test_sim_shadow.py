@@ -35,6 +35,7 @@ class Shadowed:
             cluster.clock,
             gate,
             self._drop,
+            model="m",
             shares=(1.0, 1.0),
             draw=random.Random(seed).random,
             limits=ShadowLimits(poll_s=0.1, patience_s=20.0, deadline_s=20.0),

@@ -75,6 +75,7 @@ from router.api.openai_responses.kept import KeptResponses
 from router.cache.limits import WatchLimits
 from router.cache.replay import CacheReplay
 from router.cache.watch import CacheWatch
+from router.documents.gate import DocumentGate
 from router.metrics import RouterMetrics
 from router.nodes.cluster import Cluster
 from router.nodes.limits import NodeHealthLimits
@@ -495,7 +496,9 @@ async def make_rig(
     """Probed once. `wait_s`: requests wait so long for a node, two at a time; None: they are refused. `parser`: as
     `model.parser`. `guard`: as in `make_app`, told where requests are logged."""
     nodes = nodes or two_and_two()
-    config = msgspec.structs.replace(cluster_config(nodes.nodes, None, **router), kv=kv)
+    config = msgspec.structs.replace(
+        cluster_config(nodes.nodes, None, **router), kv=KVConfig(blend=blend, shadow=shadow)
+    )
     clock, log = SystemClock(), RequestLog()
     cluster = Cluster(config, clock, tokenizer_digest=tokenizer.digest if tokenizer else "")
     prober = Prober(config.router, cluster, nodes, clock, node_limits)
@@ -510,6 +513,7 @@ async def make_rig(
     async def run(work: Callable[[], _T]) -> _T:
         return work()
 
+    gate = BlendGate(blend, clock.wall)
     admission = Admission(dispatcher.route, clock, config.router)
     no_node: NoNodeWait | None = None
     if wait_s is not None:
@@ -529,6 +533,7 @@ async def make_rig(
         run=run,
         admission=admission,
         blend=blend,
+        gate=DocumentGate(blend, gate),
         grammars=GrammarChecks(Grammars((tokenizer or ByteTokenizer(VOCAB)).vocabulary, (), beside=run)),
     )
     watch = CacheWatch(cluster, log, clock, limits=watch_limits)
@@ -545,19 +550,26 @@ async def make_rig(
     prober.on_round.append(admin.note_states)
     sight = tier_sight(cluster, nodes, index)
     upkeep = make_upkeep(config, cluster, nodes, metadata=index, answerer=answerer, probe=prober.probe, clock=clock)
-    gate = BlendGate(blend, clock.wall)
     quarantine = ChunkQuarantine(index, KeepingNodes(cluster, nodes, UpkeepLimits()))
     shares = shadow, blend.shadow
-    shadow = ShadowComparisons(
-        cluster, nodes, clock, gate, quarantine.drop, shares=shares, draw=lambda: 0.5, limits=shadow_limits
+    comparisons = ShadowComparisons(
+        cluster,
+        nodes,
+        clock,
+        gate,
+        quarantine.drop,
+        model="fake-model",
+        shares=shares,
+        draw=lambda: 0.5,
+        limits=shadow_limits,
     )
-    log.prompt_observers.append(shadow.ended)
-    status.problems_beside += [gate.problem, shadow.problem]
-    show(gate, shadow, metrics.metrics)
+    log.prompt_observers.append(comparisons.ended)
+    status.problems_beside += [gate.problem, comparisons.problem]
+    show(gate, comparisons, metrics.metrics)
 
     def add_routes(app: FastAPI) -> None:
         upkeep.add_to(app)
-        BlendRoutes(gate, shadow, int(bounds.max_body)).add_to(app)
+        BlendRoutes(gate, comparisons, int(bounds.max_body)).add_to(app)
         AdminRoutes(admin, SegmentRebalance(index), ClusterJanitor(cluster, index, sight), int(bounds.max_body)).add_to(
             app
         )
@@ -593,7 +605,7 @@ async def make_rig(
         admission,
         view,
         gate,
-        shadow,
+        comparisons,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.router_fakes import CHUNK_TOKENS, FakeNodes, Rig, expected, until
+from support.router_fakes import CHUNK_TOKENS, FakeNodes, Rig, expected, two_and_two, until
 from support.router_tiers import LIVE, PROMPT, Kept, kept_rig, keys_of, put
 
 from kvcore.clock import SystemClock
@@ -297,3 +297,94 @@ def test_the_sources_are_what_the_legs_told():
         "read over shm out of the memory of d0, p0",
         "read over tcp out of the memory of a machine that is not known",
     ]
+
+
+# --- documents ---
+
+DOCUMENTS = KVConfig(blend=BlendConfig(mode="first_k", shadow=1.0))
+CHAT = {
+    "model": "fake-model",
+    "messages": [{"role": "user", "content": "which?"}],
+    "documents": ["A text that is named first.", "Another text that comes behind it."],
+    "max_tokens": 2,
+}
+
+
+def with_documents() -> FakeNodes:
+    nodes = two_and_two()
+    for node in nodes.nodes:
+        node.takes_documents = True
+    return nodes
+
+
+def far_off(kl: float = 2.0) -> CompareReply:
+    return CompareReply(request_id="x", token_ids=[1], kl=[kl], gaps=[0.5], approximate_tokens=20)
+
+
+async def chat(client: httpx.AsyncClient) -> dict[str, Any]:
+    answer = await client.post("/v1/chat/completions", json=CHAT)
+    assert answer.status_code == 200, answer.text
+    return answer.json()  # type: ignore[no-any-return]
+
+
+def why_computed(rig: Rig, answer: dict[str, Any]) -> str:
+    record = rig.log.find(answer["id"])
+    assert record is not None and record.documents is not None
+    return record.documents.why_computed
+
+
+async def test_documents_that_cost_too_much_are_computed_until_a_person_says_otherwise(caplog):
+    async with shadowing(DOCUMENTS, with_documents()) as (rig, _, client):
+        for number in range(1, 9):
+            for node in rig.nodes.nodes:
+                node.compared = [far_off()]
+            assert why_computed(rig, await chat(client)) == ""
+            await until(lambda number=number: rig.shadow.counts["documents", "compared"] == number)  # type: ignore[misc]
+        assert all(one.documents is not None and one.documents.k == 8 for one in compares(rig))
+        answer = await chat(client)
+        assert why_computed(rig, answer).startswith("turned off, until `kvferry blend on`: over 8 comparisons")
+        assert answer["usage"]["prompt_tokens_details"].get("approximate_tokens", 0) == 0
+        assert rig.nodes[decoder_of(rig, answer["id"])].generates[-1].documents is None
+        for _ in range(20):
+            await chat(client)
+        assert len(compares(rig)) == 8 and rig.gate.why_off("fake-model", "field")
+        await client.post("/v1/blend/on", content=b"")
+        assert why_computed(rig, await chat(client)) == ""
+    assert any("blend_off" in one.getMessage() for one in caplog.records if one.levelno == logging.ERROR)
+
+
+async def test_documents_that_hold_the_limits_stay_on():
+    async with shadowing(DOCUMENTS, with_documents()) as (rig, _, client):
+        near = CompareReply(request_id="x", token_ids=[1], kl=[0.01], gaps=[0.0], approximate_tokens=20)
+        for number in range(1, 13):
+            for node in rig.nodes.nodes:
+                node.compared = [near]
+            await chat(client)
+            await until(lambda number=number: rig.shadow.counts["documents", "compared"] == number)  # type: ignore[misc]
+        assert rig.gate.problem() is None and rig.gate.report().kinds[0].compared == 12
+
+
+async def test_documents_that_are_not_there_any_more_say_nothing_of_reuse():
+    async with shadowing(DOCUMENTS, with_documents()) as (rig, _, client):
+        for node in rig.nodes.nodes:
+            node.compared = [CompareReply(request_id="x", token_ids=[1], kl=[5.0], gaps=[5.0])]
+        await chat(client)
+        await until(lambda: rig.shadow.counts["documents", "nothing_reused"] == 1)
+        assert not rig.gate.report().kinds[0].compared
+
+
+async def test_documents_are_warmed_by_themselves_and_only_where_they_are_reused():
+    async with shadowing(DOCUMENTS, with_documents()) as (rig, _, client):
+        assert (await client.post("/v1/cache/warm", json=CHAT)).status_code == 200
+        [sent] = [one for node in rig.nodes.nodes for one in node.prefills]
+        assert sent.documents is not None and len(sent.documents.spans) == 2
+        for _ in range(8):
+            rig.gate.compared("fake-model", "field", 5.0, 0.0)
+        refused = await client.post("/v1/cache/warm", json=CHAT)
+        assert refused.status_code == 400 and "until `kvferry blend on`" in refused.json()["error"]["message"]
+    async with shadowing(KVConfig(), with_documents()) as (_, _, client):
+        refused = await client.post("/v1/cache/warm", json=CHAT)
+        assert refused.status_code == 400 and "kv.blend.mode is off" in refused.json()["error"]["message"]
+    async with shadowing(DOCUMENTS) as (_, _, client):
+        refused = await client.post("/v1/cache/warm", json=CHAT)
+        assert refused.status_code == 400 and "knows no documents" in refused.json()["error"]["message"]
