@@ -42,7 +42,7 @@ def reply(*distances: float, gaps: list[float] | None = None, cached: int = 6 * 
 async def shadowing(
     kv: KVConfig = ALL, nodes: FakeNodes | None = None, limits: ShadowLimits = LIMITS
 ) -> AsyncIterator[tuple[Rig, Kept, httpx.AsyncClient]]:
-    rig, kept, client = await kept_rig(nodes, kv=kv, shadow_limits=limits)
+    rig, kept, client = await kept_rig(nodes, shadow=kv.shadow, blend=kv.blend, shadow_limits=limits)
     for node in rig.nodes.nodes:
         node.cached_tokens = 6 * CHUNK_TOKENS
     task = asyncio.create_task(rig.shadow.run())
