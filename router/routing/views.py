@@ -110,7 +110,9 @@ class NodeView:
     def load(self) -> int:
         """By which nodes of its role are in order: sequences of a decoder, tokens of a prefiller; 0 only if it has
         nothing to do."""
-        return self.sequences if self.role is Role.DECODER else self.prefill_tokens or int(self.told is not None)
+        if self.role is Role.DECODER:
+            return self.sequences
+        return self.prefill_tokens or int(self.told is not None and self.told.prefill_tokens > 0)
 
     def read_rate(self, machine: str, now: float, limits: RateLimits = RateLimits()) -> float:
         """Out of the memory of a machine, as far as that is known. Empty: of some other."""

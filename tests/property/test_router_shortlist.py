@@ -35,7 +35,7 @@ def some(role: Role, count: int, dice: random.Random) -> list[NodeView]:
 
     def one(number: int) -> NodeView:
         prefills = 0 if dice.random() < idle else dice.choice((1, 2))
-        told = ToldWork(1, 900.0, 3.0) if dice.random() < 0.1 else None
+        told = dice.choice((None, None, None, ToldWork(at=3.0), ToldWork(1, 900.0, 3.0)))
         return NodeView(
             f"{role}{number}",
             role,
@@ -111,6 +111,13 @@ def test_of_many_that_are_equal_the_next_in_turn_is_taken() -> None:
     assert len(shortlist(request(7), nodes)) == FEW
     taken = [policy.choose(request(turn), ClusterView((), nodes)).route for turn in range(400)]
     assert set(Counter(route.decoder for route in taken if route is not None).values()) == {2}
+
+
+def test_a_prefiller_that_other_routers_have_done_with_is_idle() -> None:
+    done, busy = ToldWork(at=1.0), ToldWork(0, 50.0, 1.0)
+    nodes = [NodeView(f"p{n}", Role.PREFILLER, KIND, CHUNK, 4096, told=done if n else busy) for n in range(200)]
+    found = shortlist(RouteRequest(5, 64), views(nodes))
+    assert len(found) == FEW and "p0" not in {node.id for node in found}
 
 
 def test_a_holder_is_compared_however_busy_it_is() -> None:
