@@ -14,6 +14,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -367,7 +368,7 @@ def _keys(kind: type[msgspec.Struct], path: str) -> Iterator[Key]:
 
 def _field_docs(kind: type) -> dict[str, str]:
     """The docstring below each field or member of a class, and of those that it inherits from a section."""
-    tree = ast.parse(Path(inspect.getfile(kind)).read_text())
+    tree = _parsed(inspect.getfile(kind))
     (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind.__name__)
     inherited = [base for base in kind.__bases__ if base.__module__ == kind.__module__]
     found = {name: text for base in inherited for name, text in _field_docs(base).items()}
@@ -428,6 +429,11 @@ def _default(field: Any) -> str:
 def _size(size_bytes: int) -> str:
     unit, factor = next((unit, factor) for unit, factor in _UNITS if size_bytes % factor == 0)
     return f"{size_bytes // factor}{unit}"
+
+
+@cache
+def _parsed(path: str) -> ast.Module:
+    return ast.parse(Path(path).read_text())
 
 
 def _text(docstring: str | None) -> str:

@@ -34,6 +34,8 @@ def _state_folder():
 def _shared_servers():
     yield
     end_shared()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
