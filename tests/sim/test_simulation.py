@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,7 @@ from metadata_server.index.state import MetadataState
 from router.requests import legs as router_legs
 
 BLOCKS, PER_BLOCK = 10, 20
-QUICK_BLOCKS = 2
+QUICK_BLOCKS = 1
 """Of BLOCKS: those of `make check`. The others are slow."""
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,8 +64,7 @@ def test_faults_did_happen_and_were_survived(blocks, totals):
         *("chunks_loaded", "chunk_miss_absent", "chunk_miss_checksum", "chunk_miss_unreachable", "writes_failed"),
         *("quarantined_checksum", "quarantined_unreachable", "at_rest_ok", "at_rest_checksum", "imported"),
         *("evicted", "expired", "leases_expired", "declined_full", "preemptions", "index_resets"),
-        "given_up",
-        *(("commit_refused",) if blocks > QUICK_BLOCKS else ()),  # in one seed of thirty
+        *(("commit_refused", "given_up") if blocks > QUICK_BLOCKS else ()),  # in one seed of thirty
     ]
     assert not [name for name in happened if not totals[name]], totals
     assert totals["failed"] <= totals["accepted"] // 100, "requests are saved from faults, but for very few"
@@ -90,9 +90,9 @@ def test_a_seed_is_the_same_each_time_and_in_each_process():
     assert simulate(8).digest != first.digest
 
 
-def problems(seeds: range, variant: Variant | None = None) -> list[str]:
-    """All that is wrong with any of the seeds."""
-    return [problem for seed in seeds for problem in run_seed(seed, variant).problems]
+def problems(seeds: range, variant: Variant | None = None) -> Iterator[str]:
+    """All that is wrong with any of the seeds, each run once it is asked for."""
+    return (problem for seed in seeds for problem in run_seed(seed, variant).problems)
 
 
 def test_it_finds_a_store_that_does_not_verify():
