@@ -38,7 +38,9 @@ def _inline(schema: Any, shared: dict[str, Any]) -> Any:
     return {key: _inline(value, shared) for key, value in schema.items()}
 
 
+@cache
 def _schema(kind: type) -> Any:
+    """Shared by all routes, and by all applications of a process: nobody changes it."""
     (own,), shared = _schemas(kind)
     return _inline(own, shared)
 
@@ -87,7 +89,8 @@ def orders(summary: str, *kinds: type[msgspec.Struct], error: type[msgspec.Struc
     responses: dict[int | str, dict[str, Any]] = {200: {"description": summary, "content": _json(None)}}
     for status, text in _REFUSALS.items():
         responses[status] = {"description": text, "content": _json(error)}
-    schemas = [_schema(documented_body(kind) if len(kinds) > 1 else kind) for kind in kinds]
+    bodies: list[type] = [documented_body(kind) if len(kinds) > 1 else kind for kind in kinds]
+    schemas = [_schema(body) for body in bodies]
     schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
     return {"summary": summary, "responses": responses, "openapi_extra": extra, "response_model": None}
