@@ -163,7 +163,10 @@ def _gemma_value(schema: Schema, root: Schema, depth: int) -> Format:
     ways = next((schema[way] for way in ("anyOf", "oneOf") if way in schema), None)
     if isinstance(ways, list) and ways and schema.keys() <= _ANNOTATIONS | {"anyOf"}:
         return {"type": "or", "elements": [_gemma_value(_mapping(one), root, depth) for one in ways]}
-    kind, options = schema.get("type"), _options(schema)
+    kind = schema.get("type")
+    if isinstance(kind, list) and schema.keys() <= _ANNOTATIONS | {"type"}:
+        return {"type": "or", "elements": [_gemma_value({"type": one}, root, depth) for one in kind]}
+    options = _options(schema)
     if options is not None and all(isinstance(one, str) for one in options):
         texts = [str(one) for one in options]
         if any(_QUOTE in text for text in texts):
@@ -217,10 +220,24 @@ def _mapping(schema: object) -> Schema:
 def _options(schema: Schema) -> list[object] | None:
     """The only values that it has; None: it has others. Raises UnwritableError where it says more."""
     if "const" not in schema and "enum" not in schema:
-        return None
+        return _options_of_all(schema)
     options = [schema["const"]] if "const" in schema else schema["enum"]
     if not isinstance(options, list) or not schema.keys() <= _ANNOTATIONS | {"type", "const", "enum"}:
         raise UnwritableError("has values and other bounds")
+    return options
+
+
+def _options_of_all(schema: Schema) -> list[object] | None:
+    """Those of all ways that there are, as pydantic writes one of several values, or none."""
+    ways = schema.get("anyOf")
+    if not isinstance(ways, list) or not schema.keys() <= _ANNOTATIONS | {"anyOf"}:
+        return None
+    options = list[object]()
+    for way in map(_mapping, ways):
+        found = [None] if way == {"type": "null"} else _options(way)
+        if found is None:
+            return None
+        options += found
     return options
 
 

@@ -36,6 +36,10 @@ scalars: Shaped = st.one_of(
     st.sampled_from(["red", "blue", "1", "null"]).map(lambda value: ({"enum": ["red", "blue", "1", "null"]}, value)),
     st.sampled_from(["cat", "dog"]).map(lambda value: ({"type": "string", "const": value}, value)),
     st.sampled_from(["x", None]).map(lambda value: ({"anyOf": [{"type": "string"}, {"type": "null"}]}, value)),
+    st.sampled_from(["x", None]).map(lambda value: ({"type": ["string", "null"]}, value)),
+    st.sampled_from(["x", "y", None]).map(
+        lambda value: ({"anyOf": [{"type": "string", "enum": ["x", "y"]}, {"type": "null"}]}, value)
+    ),
 )
 
 
