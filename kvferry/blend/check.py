@@ -37,7 +37,6 @@ from router.text.tokenizer import FolderTokenizer, Tokenizer
 KS = (0, 8, 16, 32)
 TOKENS = 12
 Dtype = Literal["float32", "bfloat16", "float16"]
-_DEADLINE_S = 600.0
 _BLOCK, _CHUNK = 16, 64
 
 
@@ -191,7 +190,7 @@ async def _compare_all(
     )
 
 
-async def _compared(engine: Engine, prompt: PromptTokens, k: int) -> CompareReply:
+async def _compared(engine: Engine, prompt: PromptTokens, k: int, deadline_s: float = 600.0) -> CompareReply:
     named = prompt.documents
     assert named is not None, "prompts without documents were refused"
     return await engine.compare(
@@ -200,7 +199,7 @@ async def _compared(engine: Engine, prompt: PromptTokens, k: int) -> CompareRepl
             prompt_token_ids=prompt.token_ids,
             documents=Documents(header=named.header, spans=list(named.spans), k=k),
             num_tokens=TOKENS,
-            deadline_s=_DEADLINE_S,
+            deadline_s=deadline_s,
         )
     )
 
