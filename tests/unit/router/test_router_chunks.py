@@ -27,7 +27,7 @@ def formatter(kind: Kind, model: str, **shown: bool) -> OpenAIFormatter[Any]:
         "approximate_tokens": None,
     }
     ids = {"prompt_token_ids": lambda _: [1, 2, 3], "prompts": [[1, 2, 3]]}
-    asked = SimpleNamespace(id="x-1", shown=ShownFields(**shown), approximate_tokens=None, **ids, **counts)
+    asked = SimpleNamespace(id="x-1", shown=ShownFields(**shown), **ids, **counts)
     return kind(asked, model, 1, ByteTokenizer(256))  # type: ignore[arg-type]
 
 
