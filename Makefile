@@ -84,7 +84,7 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports --no-cache
 
 unit: $(VENV)/.installed
-	$(PYTEST) tests -m "not slow and not gpu and not ucx and not vllm and not clients" -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) tests --ignore tests/vllm --ignore tests/clients -m "not slow and not gpu and not ucx and not vllm and not clients" -n 2 --dist loadfile --no-loadscope-reorder
 
 coverage: $(VENV)/.installed   ## which lines the quick tests reach: a table here, pages in build/coverage
 	$(PYTEST) tests -m "not slow and not gpu and not ucx and not vllm and not clients" -n 2 -q --cov --cov-report=term --cov-report=html

@@ -126,11 +126,12 @@ def test_the_worked_example_of_sizes_is_what_the_code_computes():
 
 
 def test_commands_within_sentences_are_ones_that_we_have(capsys):
+    parser = build_parser()
     for page in [*DOCS.rglob("*.md"), ROOT / "README.md"]:
         for command in re.findall(r"`kvferry ([^`]+)`", page.read_text()):
             words = shlex.split(command)
             try:
-                build_parser().parse_args(words if len(words) > 1 else [*words, "--help"])
+                parser.parse_args(words if len(words) > 1 else [*words, "--help"])
             except SystemExit as ended:
                 assert ended.code == 0, f"{page.name}: kvferry {command}\n{capsys.readouterr().err}"
 
