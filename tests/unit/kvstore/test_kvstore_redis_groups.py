@@ -181,8 +181,8 @@ async def test_a_node_that_is_away_is_a_miss_for_its_chunks_alone_and_used_again
         assert await save(tier, *ours, *theirs) == [OK] * 4
         nodes.servers[2].stop()
         for _ in range(10):
-            assert await load(tier, *ours, *theirs, timeout_s=SHORT_S) == [OK, OK, AWAY, AWAY]
-            assert await tier.find([theirs[0].name], timeout_s=SHORT_S) == [False]
+            assert await load(tier, *ours, *theirs) == [OK, OK, AWAY, AWAY]
+            assert await tier.find([theirs[0].name], timeout_s=CALL_S) == [False]
         assert not tier.away and str(nodes.servers[2].port) in (tier.stats().problem or "")
         nodes.settle()
 
