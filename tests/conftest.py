@@ -4,6 +4,7 @@ property has a time limit: machines are loaded."""
 
 import gc
 import os
+import sys
 from collections.abc import Generator
 from tempfile import TemporaryDirectory
 
@@ -34,6 +35,9 @@ def _state_folder():
 def _shared_servers():
     yield
     end_shared()
+    for kept in vars(sys.modules.get("fastapi.dependencies.models", object)).values():
+        if clear := getattr(kept, "cache_clear", None):
+            clear()  # it keeps the last thousands of endpoints, and with them all of a router each: gigabytes
     gc.collect()
     gc.freeze()
 
