@@ -131,9 +131,10 @@ prompt. Its answers are items in the order in which the model began them; a stre
 ends with `response.completed`, `response.incomplete` or `response.failed`. An item that the length cut off is
 `incomplete`, and one sent back so is gone on with. `reasoning_tokens` are those from the first of the reasoning to the
 first of what follows. Answers are kept for a day, in the router's memory and at most 64 MiB of them, of each tenant by
-itself, unless `store` is `false`: `GET` and `DELETE /v1/responses/ID`. Where several routers or processes answer
-nothing is kept, and `previous_response_id` and `store` `true` are refused. `background`, `conversation`, `prompt`,
-images, files and OpenAI's own tools are refused. What an answer was not asked for is not made: no summary of reasoning.
+itself, unless `store` is `false` or its `request_id` cannot stand in a path: `GET` and `DELETE /v1/responses/ID`. Where
+several routers or processes answer nothing is kept, and `previous_response_id` is refused; `store` `true` is where it
+cannot be had. `background`, `conversation`, `prompt`, images, files and OpenAI's own tools are refused. What an answer
+was not asked for is not made: no summary of reasoning.
 
 `POST /inference/v1/generate` is vLLM's endpoint of tokens in and out: `token_ids`, `sampling_params` by the names that
 vLLM's own have, and with `output_mode` `text` the text beside the tokens. What is said here of completions holds for

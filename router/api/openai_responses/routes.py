@@ -20,6 +20,7 @@ from router.api.responses import JsonReply
 from router.tenants.callers import Caller, caller_of
 
 _NOT_KEPT = "is not to be had: several routers or processes answer here, and none knows what another one keeps"
+_NO_PATH = "that has a `/`, or is `.` or `..`, cannot stand in a path: choose another, or let store be false"
 _items = msgspec.json.Decoder(list[InputItem])
 
 
@@ -41,7 +42,9 @@ class ResponsesDoor:
             earlier = kept.find(tenant, request.previous_response_id, "previous_response_id").items
         num_bytes += len(earlier)
         before, chat = await beside_if_large(num_bytes, partial(_chat, request, earlier))
-        keeps = kept is not None and request.store is not False
+        reachable = _fits_path(request.request_id or "")
+        require(reachable or not request.store, "request_id", _NO_PATH)
+        keeps = kept is not None and request.store is not False and reachable
         formatter = partial(
             ResponsesFormatter,
             asked=request,
@@ -75,6 +78,11 @@ class ResponsesDoor:
         if self._kept is None:
             raise InvalidRequestError(f"response_id {_NOT_KEPT}", param="response_id")
         return self._kept
+
+
+def _fits_path(response_id: str) -> bool:
+    """Whether GET /v1/responses/ID can name it: servers read an encoded `/` as one, and clients leave dots out."""
+    return "/" not in response_id and response_id not in (".", "..")
 
 
 def _chat(request: ResponsesRequest, earlier: bytes) -> tuple[list[InputItem], ChatRequest]:

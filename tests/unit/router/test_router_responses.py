@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -335,6 +336,21 @@ async def test_an_id_that_a_client_chose_is_its_own() -> None:
     assert kept.put("other", "mine", b"theirs", b"[]") and len(kept) == 2
     kept.drop("other", "mine")
     assert kept.find("", "mine").body != b"theirs" and len(kept) == 1
+
+
+async def test_an_id_that_no_path_can_name_is_not_kept() -> None:
+    kept = KeptResponses(ManualClock())
+    async with asking(writes(ANSWER), kept) as http:
+        for name in ("a/b", "/", ".", ".."):
+            body = {"input": "How is it?", "request_id": name}
+            refused = await http.post("/v1/responses", json={**body, "store": True})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "request_id")
+            for store in ({}, {"store": False}):
+                reply = (await http.post("/v1/responses", json={**body, **store})).json()
+                assert (reply["id"], reply["store"], len(kept)) == (name, False, 0)
+        for name in ("a.b", "a?b", "a%2Fb", "ä b", "..."):
+            reply = (await http.post("/v1/responses", json={"input": "How is it?", "request_id": name})).json()
+            assert (await http.get(f"/v1/responses/{quote(name, safe='')}")).json() == reply
 
 
 def test_one_of_several_processes_keeps_nothing() -> None:
