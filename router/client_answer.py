@@ -12,6 +12,7 @@ from typing import Protocol
 
 import msgspec
 
+from kvcore.errors import InvalidRequestError
 from nodeapi.messages import FinishReason, TokenLogprob
 from nodeapi.prompt_logprobs import PromptLogprobs
 from router.parsing.dialects import AnswerParser
@@ -151,6 +152,7 @@ class ClientAnswer:
         self._stops, self._text, self._repetition = request.stops, request.text, request.repetition
         self._limits = limits
         self.shown, self.reading = request.shown, request.reading
+        self._names = request.names
         self.id = request.client_id or request.specs[0].request_id
         """Of the answer: the client's, or its (first) request's."""
         self.sampling = request.specs[0].sampling
@@ -288,9 +290,20 @@ class ClientAnswer:
         async with run:
             if sink is not None:
                 run.outputs.take = partial(take, sink=sink)
-            async for emit in run:
-                if (piece := read(emit)) is not None:
-                    yield piece
+            try:
+                async for emit in run:
+                    if (piece := read(emit)) is not None:
+                        yield piece
+            except InvalidRequestError as error:
+                raise error if spec.sampling.grammar is None else self._of_form(error) from error
+
+    def _of_form(self, error: InvalidRequestError) -> InvalidRequestError:
+        """A node's refusal of a request with a form. Where it names no field it is of the form: all else has been
+        checked here, and what its engine's library takes it alone knows."""
+        if error.param is not None or type(error) is not InvalidRequestError:
+            return error
+        name = self._names.of("grammar")
+        return InvalidRequestError(f"{name}: {error.message}", param=name)
 
     def _piece(self, first: int, choice: _TextChoice, emit: Emit) -> tuple[TextPiece, bool]:
         """(what this output adds to its choice, whether the router ends that: it has a stop string, repeats itself or

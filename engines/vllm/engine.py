@@ -267,7 +267,8 @@ class VllmEngine:
         except EngineDeadError as error:
             raise EngineDiedError("vLLM's engine core has died") from error
         except VLLMClientError as error:
-            raise InvalidRequestError(f"vLLM refuses the request: {error}") from error
+            param = getattr(error, "parameter", None)
+            raise InvalidRequestError(f"vLLM refuses the request: {error}", param=param) from error
         except (VLLMError, ValueError) as error:
             raise failure_of(error) from error
 

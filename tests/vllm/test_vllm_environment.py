@@ -141,6 +141,7 @@ def test_every_kind_of_kv_that_vllm_knows_is_told_from_every_other():
     [
         (EngineDeadError(), EngineDiedError),
         (VLLMValidationError("top_k"), InvalidRequestError),
+        (VLLMValidationError("too many", parameter="logit_bias"), InvalidRequestError),
         (EngineGenerateError(), EngineError),
         (GenerationError(), EngineError),
         (RetryableRequestError(), OverloadedError),
@@ -161,6 +162,7 @@ async def test_every_error_of_vllms_becomes_one_of_ours(theirs, ours):
         async for _ in engine._outputs("leg", [1], b"", MagicMock(), 5.0):
             pass
     assert type(caught.value) is ours
+    assert caught.value.param == getattr(theirs, "parameter", None)
 
 
 def test_a_connector_whose_workers_have_not_reported_says_that_it_was_not_reset(caplog):

@@ -6,6 +6,7 @@ import httpx
 import pytest
 from support.router_fakes import VOCAB, Rig, make_rig, two_and_two
 
+from kvcore.errors import ContextLengthError, InvalidRequestError
 from nodeapi.grammars.compiler import Grammars
 from nodeapi.grammars.grammar import Grammar, GrammarKind
 from router.text.grammar_checks import GrammarChecks
@@ -30,10 +31,13 @@ def grammar(kind: GrammarKind, text: object, **fields: object) -> Grammar:
 
 async def ask(rig: Rig, body: dict[str, object], path: str = "completions") -> httpx.Response:
     transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
-    chat: dict[str, object] = {"messages": [{"role": "user", "content": "a"}]}
-    asked: dict[str, object] = {"prompt": "a"} if path == "completions" else chat
+    asked: dict[str, object] = {
+        "completions": {"prompt": "a", "max_tokens": 4},
+        "chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4},
+        "responses": {"input": "a"},
+    }[path]
     async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
-        return await http.post(f"/v1/{path}", json={"max_tokens": 4, **asked, **body})
+        return await http.post(f"/v1/{path}", json={**asked, **body})
 
 
 GOOD: list[tuple[dict[str, object], Grammar | None]] = [
@@ -148,6 +152,29 @@ async def test_where_engines_have_libraries_of_their_own_texts_alone_are_checked
     with pytest.raises(Exception, match="f: it is no JSON schema"):
         await checks.check(grammar(GrammarKind.JSON, "{"), "f")
     checks.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "error", "param"),
+    [
+        ("completions", {"structured_outputs": {"regex": "a"}}, InvalidRequestError("no"), "structured_outputs"),
+        ("chat/completions", json_schema(), InvalidRequestError("no"), "response_format"),
+        ("responses", {"text": {"format": {"type": "json_object"}}}, InvalidRequestError("no"), "text"),
+        ("completions", {"structured_outputs": {"regex": "a"}}, InvalidRequestError("no", param="seed"), "seed"),
+        ("completions", {"structured_outputs": {"regex": "a"}}, ContextLengthError("long"), None),
+        ("completions", {}, InvalidRequestError("no"), None),
+    ],
+)
+async def test_a_form_that_only_an_engine_refuses_is_named(
+    path: str, body: dict[str, object], error: InvalidRequestError, param: str | None
+) -> None:
+    rig = await make_rig()
+    for node in rig.nodes.nodes:
+        node.generate_error = error
+    reply = await ask(rig, body, path)
+    said = reply.json()["error"]
+    assert (reply.status_code, said["param"]) == (400, param)
+    assert error.message in said["message"]
 
 
 async def test_the_routers_own_thread_checks_them() -> None:
