@@ -32,14 +32,19 @@ def place_documents(
 def reuse_documents(sequence: TokenSequence, blocks: BlockManager, plan: Plan) -> None:
     """Take what is found of a sequence's documents, and plan the moves. It has blocks for all its tokens, and KV in
     whole chunks of its prefix alone. The prompt's last token stays to be computed, for its logits, also when it is
-    computed again behind output: the same is reused each time."""
+    computed again behind output.
+
+    What is not taken the first time never is: it may come into blocks later, when the request was told what of its
+    prompt is approximate, and a preempted sequence is computed again."""
     size, chunk_tokens = blocks.block_size, blocks.chunk_tokens
     limit = sequence.num_prompt - 1
     exact = approximate = 0
+    taken: list[PlacedDocument] = []
     for document in sequence.documents:
         begin, end = max(document.start + document.renewed, sequence.num_computed), min(document.stop, limit)
         if begin >= end or not all(blocks.holds(key) for key in document.keys):
             continue
+        taken.append(document)
         for first, key in zip(range(document.start, document.stop, chunk_tokens), document.keys, strict=True):
             low, high = max(begin, first), min(end, first + chunk_tokens)
             if low < high:
@@ -55,6 +60,7 @@ def reuse_documents(sequence: TokenSequence, blocks: BlockManager, plan: Plan) -
         else:
             approximate += end - begin
             sequence.limit_prefix(document.start)
+    sequence.documents = tuple(taken)
     sequence.num_cached = (sequence.num_cached or 0) + exact
     sequence.num_approximate = approximate
     sequence.pass_holes()

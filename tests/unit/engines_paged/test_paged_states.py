@@ -8,9 +8,12 @@ from support.engine_fakes import CHUNK, Cluster, prefill_request, prompt_of
 from support.sim_loop import run_sim
 
 from engines.paged.blocks import BlockManager
+from engines.paged.documents import reuse_documents
+from engines.paged.plan import Plan
 from engines.paged.scheduler import Scheduler
-from engines.paged.sequence import TRANSITIONS, Status, TokenSequence
+from engines.paged.sequence import TRANSITIONS, PlacedDocument, Status, TokenSequence
 from kvcore.chunk_keys import KeyChain, root_key
+from kvcore.types import ChunkKey
 from nodeapi.sampling import SamplingParams
 
 
@@ -78,3 +81,21 @@ def test_an_engine_and_its_legs_say_what_they_hold():
         await cluster.aclose()
 
     run_sim(main, limit_s=60)
+
+
+def test_a_document_that_was_not_there_at_first_is_not_reused_by_a_sequence_that_is_computed_again():
+    """Its request was told that nothing is approximate."""
+    blocks = BlockManager(16, 4, 2)
+    one = sequence()
+    one.tokens, one.num_prompt = list(range(24)), 24
+    key = ChunkKey(bytes(16))
+    one.documents = (PlacedDocument(8, 16, 2, 1, (key,)),)
+    one.block_table = blocks.allocate(6)
+    reuse_documents(one, blocks, Plan())
+    assert one.num_approximate == 0 and not one.holes
+
+    kept = blocks.allocate(2)
+    blocks.seal(key, kept)  # another request has computed it
+    again = Plan()
+    reuse_documents(one, blocks, again)
+    assert one.num_approximate == 0 and not one.holes and not again.moves
