@@ -221,9 +221,10 @@ class ShadowComparisons:
     ) -> None:
         """Name what is wrong, loudly, and have it dropped. What other engines have of it is looked for next."""
         keys = prompt_keys(spec.fingerprint, one.salt, one.tokens, spec.chunk_tokens)
+        wrong = [number for number in said.wrong if number < len(keys)]  # a node may have begun anew, with other chunks
         chunks = [
             DivergentChunk(key=keys[number].hex(), number=number, distance=min(reply.distances[number], 1e9))
-            for number in said.wrong
+            for number in wrong
         ]
         machines = dict[str, str]()
         for other in self._cluster.nodes.values():
@@ -240,7 +241,7 @@ class ShadowComparisons:
         self.wrong_chunks += len(chunks)
         self.divergences.appendleft(divergence)
         if chunks:
-            gone = await self._drop(spec.fingerprint, [keys[number] for number in said.wrong])
+            gone = await self._drop(spec.fingerprint, [keys[number] for number in wrong])
             divergence.replicas, divergence.left = gone.nodes, gone.left
         log_fields(
             _log,

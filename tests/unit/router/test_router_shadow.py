@@ -159,6 +159,15 @@ async def test_an_answer_that_differs_beyond_ties_is_told_though_no_distance_is(
         assert rig.shadow.wrong_chunks == 0
 
 
+async def test_a_node_that_tells_of_more_chunks_than_the_prompt_has_ends_nothing():
+    async with shadowing() as (rig, _, client):
+        for node in rig.nodes.nodes:
+            node.compared = [reply(*[1e-6] * 50, 0.7)]
+        await ask(client)
+        await until(lambda: rig.shadow.counts["exact", "diverged"] == 4)
+        assert rig.shadow.divergences[-1].chunks == []
+
+
 async def test_a_metadata_server_that_is_away_is_named_and_the_tiers_are_cleared(monkeypatch):
     async with shadowing() as (rig, kept, client):
 
