@@ -83,7 +83,7 @@ class Grammars:
                 raise OverloadedError(f"{len(self._running)} grammars are being compiled; come back later")
             running = self._running[key] = _Compiling(grammar)
             running.made = asyncio.ensure_future(self._run(partial(self._compile, running)))
-            running.made.add_done_callback(partial(self._done, key))
+            running.made.add_done_callback(partial(self._done, key, running))
         assert running.made is not None
         running.waiting += 1
         try:
@@ -96,6 +96,7 @@ class Grammars:
         finally:
             running.waiting -= 1
             if not running.waiting and not running.has_begun:
+                self._leave(key, running)  # now: it ends a little later, and who comes until then would end with it
                 running.made.cancel()
 
     async def _run(self, work: Callable[[], LLMatcher]) -> LLMatcher:
@@ -105,8 +106,12 @@ class Grammars:
             self._threads = ThreadPoolExecutor(self._limits.threads, thread_name_prefix="grammars")
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _done(self, key: tuple[object, ...], made: asyncio.Future[LLMatcher]) -> None:
-        del self._running[key]
+    def _leave(self, key: tuple[object, ...], running: _Compiling) -> None:
+        if self._running.get(key) is running:
+            del self._running[key]
+
+    def _done(self, key: tuple[object, ...], running: _Compiling, made: asyncio.Future[LLMatcher]) -> None:
+        self._leave(key, running)
         if made.cancelled() or made.exception() is not None:
             return
         self._kept[key] = made.result()

@@ -20,6 +20,8 @@ _MAX_DEPTH = 4
 """Of Gemma's objects and lists: each level is six of a structural tag's, which has a bound."""
 _MAX_OPTIONAL = 12
 """Of an object of Gemma's in which nothing is required: where its commas are depends on which property comes first."""
+_MAX_COPIES = 64
+"""Of one object within others: such a property is written once for each that may come first, what a list has twice."""
 
 
 class UnwritableError(Exception):
@@ -120,10 +122,10 @@ def _escaped(text: str) -> str:
 def gemma_arguments(schema: Schema) -> Format:
     """Gemma 4's: an object whose keys have no quotes, and whose strings stand between marks of their own, without the
     brace that opens it and with that which closes it. Raises UnwritableError."""
-    return _gemma_members(schema, schema, 0)
+    return _gemma_members(schema, 0, 1)
 
 
-def _gemma_members(schema: Schema, root: Schema, depth: int) -> Format:
+def _gemma_members(schema: Schema, depth: int, copies: int) -> Format:
     properties, required = _properties(schema)
     if properties is None:
         if schema:
@@ -131,11 +133,13 @@ def _gemma_members(schema: Schema, root: Schema, depth: int) -> Format:
         properties = {}
     if depth > _MAX_DEPTH:
         raise UnwritableError(f"it is nested deeper than {_MAX_DEPTH} levels")
+    if not any(name in required for name in properties):
+        copies *= max(1, len(properties))
     written: dict[str, Format] = {}
     for name, value in properties.items():
         if re.fullmatch(r"[\w.-]+", name) is None:
             raise UnwritableError(f"its property {name!r} has a name that cannot be written")
-        written[name] = _sequence(_const(f"{name}:"), _gemma_value(value, root, depth + 1))
+        written[name] = _sequence(_const(f"{name}:"), _gemma_value(value, depth + 1, copies))
     first = [written[name] for name in written if name in required]
     others = [written[name] for name in written if name not in required]
     if len(others) > _MAX_OPTIONAL and not first:
@@ -159,13 +163,13 @@ def _listed(items: Sequence[Format], optional: Sequence[Format]) -> Format:
     return _sequence(*parts, *more)
 
 
-def _gemma_value(schema: Schema, root: Schema, depth: int) -> Format:
+def _gemma_value(schema: Schema, depth: int, copies: int) -> Format:
     ways = next((schema[way] for way in ("anyOf", "oneOf") if way in schema), None)
     if isinstance(ways, list) and ways and schema.keys() <= _ANNOTATIONS | {"anyOf"}:
-        return {"type": "or", "elements": [_gemma_value(_mapping(one), root, depth) for one in ways]}
+        return {"type": "or", "elements": [_gemma_value(_mapping(one), depth, copies) for one in ways]}
     kind = schema.get("type")
     if isinstance(kind, list) and schema.keys() <= _ANNOTATIONS | {"type"}:
-        return {"type": "or", "elements": [_gemma_value({"type": one}, root, depth) for one in kind]}
+        return {"type": "or", "elements": [_gemma_value({"type": one}, depth, copies) for one in kind]}
     options = _options(schema)
     if options is not None and all(isinstance(one, str) for one in options):
         texts = [str(one) for one in options]
@@ -177,11 +181,13 @@ def _gemma_value(schema: Schema, root: Schema, depth: int) -> Format:
     if kind in ("integer", "number", "boolean", "null") and not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}:
         return {"type": "json_schema", "json_schema": schema}
     if kind == "object":
-        return _sequence(_const("{"), _gemma_members(schema, root, depth))
+        if copies > _MAX_COPIES:
+            raise UnwritableError("it has objects of many optional properties within each other")
+        return _sequence(_const("{"), _gemma_members(schema, depth, copies))
     if kind == "array" and "items" in schema and schema.keys() <= _ANNOTATIONS | {"type", "items"}:
         if depth > _MAX_DEPTH:
             raise UnwritableError(f"it is nested deeper than {_MAX_DEPTH} levels")
-        item = _gemma_value(_mapping(schema["items"]), root, depth + 1)
+        item = _gemma_value(_mapping(schema["items"]), depth + 1, 2 * copies)
         more = {"type": "star", "content": _sequence(_const(","), item)}
         return _sequence(_const("["), {"type": "optional", "content": _sequence(item, more)}, _const("]"))
     raise UnwritableError("it has a value that is none of: a string, a number, true, false, null, a list or an object")
@@ -204,7 +210,11 @@ def _properties(schema: Schema) -> tuple[Mapping[str, Schema] | None, Sequence[s
             raise UnwritableError("it has properties without names")
         return None, ()
     given, required = schema.get("properties", {}), schema.get("required", [])
-    if not isinstance(given, Mapping) or not isinstance(required, list) or not set(required) <= given.keys():
+    if (
+        not isinstance(given, Mapping)
+        or not isinstance(required, list)
+        or any(one not in list(given) for one in required)
+    ):
         raise UnwritableError("it requires properties that it does not have")
     return {str(name): _mapping(value) for name, value in given.items()}, required
 

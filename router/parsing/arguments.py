@@ -67,7 +67,7 @@ def value_kinds(schema: object) -> set[str]:
         return set()
     kinds: set[str] = set()
     given = schema.get("type")
-    kinds.update([given] if isinstance(given, str) else given if isinstance(given, list) else [])
+    kinds.update(one for one in (given if isinstance(given, list) else [given]) if isinstance(one, str))
     for way in ("anyOf", "oneOf"):
         options = schema.get(way)
         for option in options if isinstance(options, list) else []:

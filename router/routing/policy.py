@@ -7,7 +7,7 @@ a request can never use, and when it needs no prefiller. Knows no clock, no sock
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import add
 from typing import Protocol
@@ -134,7 +134,8 @@ class Policy:
         """A prefiller decodes, and computes the prompt too: there is nobody to hand anything over to. Decoders that are
         there and full are no need: prefillers would only fill up as well."""
         candidates = () if any(node.id in request.full for node in view.decoders) else view.prefillers
-        stand_ins = _rank(Role.PREFILLER, DECODER_FILTERS, self.decoder, request, candidates, decoder=None)
+        rules = replace(self.decoder, by_load=False)  # they stand in the order of what they prefill, not decode
+        stand_ins = _rank(Role.PREFILLER, DECODER_FILTERS, rules, request, candidates, decoder=None)
         route, node = None, stand_ins.node
         if node is not None:
             cached, _ = _prefiller_unneeded(request, node)

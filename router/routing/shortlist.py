@@ -30,6 +30,7 @@ def shortlist(request: RouteRequest, nodes: Sequence[NodeView]) -> Sequence[Node
     if not isinstance(nodes, NodeViews) or len(nodes) <= MANY or len(nodes.kinds) != 1 or request.session:
         return nodes
     holders = dict.fromkeys(name for hits in request.hits.values() for name in (*hits.by_node, *hits.on_disk))
+    holders |= dict.fromkeys(name for hits in request.documents.values() for name in hits.by_node)
     least, _, first = nodes.by_load[0]
     if len(holders) > FEW or (least and first.role is Role.PREFILLER):
         return nodes

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvcore.config.routing import RoutingPolicy
 from kvcore.types import Role
+from router.documents.hits import DocumentHits
 from router.routing.decision import MAX_EXPLAINED, Ranking
 from router.routing.index import PrefixHits
 from router.routing.policy import make_policy
@@ -124,3 +126,18 @@ def test_a_holder_is_compared_however_busy_it_is() -> None:
     nodes = views([NodeView(f"d{number}", Role.DECODER, KIND, CHUNK, 4096, number) for number in range(200)])
     request = RouteRequest(5000, 64, hits={KIND: PrefixHits(9, {"d199": 9, "gone": 3})})
     assert [node.id for node in shortlist(request, nodes)][-1] == "d199"
+
+
+def test_whoever_holds_the_prompts_documents_is_among_the_few() -> None:
+    nodes = views([NodeView(f"d{n}", Role.DECODER, KIND, CHUNK, 4096, takes_documents=True) for n in range(200)])
+    request = RouteRequest(1000, 64, documents={KIND: DocumentHits(0, 960, 960, {"d150": 960.0})})
+    for turn in (0, 40):
+        chosen = make_policy(RoutingPolicy.PREFIX_AWARE).choose(replace(request, turn=turn), ClusterView((), nodes))
+        assert chosen.decoders.node is not None and chosen.decoders.node.id == "d150"
+
+
+def test_of_prefillers_that_decode_in_need_those_are_compared_that_decode_least() -> None:
+    one = lambda n: NodeView(f"p{n}", Role.PREFILLER, KIND, CHUNK, 4096, sequences=0 if n == 150 else 3)  # noqa: E731
+    nodes = views([one(number) for number in range(200)])
+    chosen = make_policy(RoutingPolicy.LEAST_LOADED).choose(RouteRequest(5, 64), ClusterView(nodes, ()))
+    assert chosen.route is not None and chosen.route.decoder == "p150"

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
@@ -275,11 +276,32 @@ async def test_what_takes_too_long_is_refused_and_what_waits_behind_it_is_never_
             while repr(own) != "<Grammars 0 compiled, 1 being compiled>":  # noqa: ASYNC110 - nothing tells of it
                 await asyncio.sleep(0)
         free.set()
-        await asyncio.gather(*[task for task in asyncio.all_tasks() if task is not asyncio.current_task()])
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        await asyncio.gather(*others, return_exceptions=True)
         assert repr(own) == "<Grammars 1 compiled, 0 being compiled>"
     finally:
         free.set()
         own.close()
+
+
+async def test_one_that_comes_as_the_last_client_of_its_grammar_leaves_is_not_ended_with_it() -> None:
+    free, made = asyncio.Event(), 0
+
+    async def beside(work: Callable[[], object]) -> Any:
+        nonlocal made
+        made += 1
+        await free.wait()
+        return work()
+
+    own = Grammars(partial(byte_vocabulary, VOCAB, EOS), [EOS], beside=beside)
+    leaves = asyncio.create_task(own.matcher(Grammar(kind=GrammarKind.REGEX, text="a")))
+    while not made:  # noqa: ASYNC110 - nothing tells of it
+        await asyncio.sleep(0)
+    leaves.cancel()
+    comes = asyncio.create_task(own.matcher(Grammar(kind=GrammarKind.REGEX, text="a")))
+    free.set()
+    assert follows(await comes, "a") and leaves.cancelled() and made == 2
+    assert repr(own) == "<Grammars 1 compiled, 0 being compiled>"
 
 
 async def test_a_wrong_one_is_judged_anew_and_the_loop_is_free_meanwhile() -> None:

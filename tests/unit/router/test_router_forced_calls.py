@@ -161,6 +161,7 @@ async def test_arguments_that_cannot_be_held_to_their_schema_in_the_models_own_f
         ("f", {"type": "object", "additionalProperties": {"type": "integer"}}, "without names"),
         ("f", {"type": "array"}, "another type than object"),
         ("f", {"type": "object", "properties": {}, "required": ["a"]}, "does not have"),
+        ("f", {"type": "object", "properties": {"a": {}}, "required": [["a"]]}, "does not have"),
         ("f", {"type": "object", "properties": {"a b": {"type": "string"}}}, "'a b' has a name"),
         ("f", {"type": "object", "properties": {"a": {"$ref": "#/properties/b"}, "b": {}}}, "'#/properties/b'|none of"),
     ],
@@ -172,6 +173,24 @@ def test_a_strict_function_whose_calls_cannot_be_held_to_its_schema_is_refused_b
     with pytest.raises(InvalidRequestError, match=says) as raised:
         asked(dialect, "auto", [tool(name, parameters, True)])
     assert raised.value.param == "tools"
+
+
+async def test_optional_objects_within_each_other_make_no_grammar_of_megabytes() -> None:
+    schema: dict[str, object] = {"type": "string"}
+    for _ in range(3):
+        schema = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(11)} | {"more": schema}}
+    grammar = asked("gemma4", "required", [tool("f", schema)])
+    assert len(grammar.text) < 20_000
+    assert await lets(grammar, '[{"name": "f", "parameters": {"p3": "a"}}]') == "whole"
+
+
+@pytest.mark.parametrize("dialect", ["qwen3_xml", "glm47", "gemma4", "hermes"])
+def test_a_schema_that_is_none_is_the_grammars_question(dialect: str) -> None:
+    asked(dialect, "required", [tool("f", {"type": "object", "properties": {"a": {"type": [{}]}}})])
+    deep: dict[str, object] = {"type": "string"}
+    for _ in range(440):  # two levels each: as many as JSON is read with
+        deep = {"anyOf": [deep]}
+    asked(dialect, "required", [tool("f", {"type": "object", "properties": {"a": deep}})])
 
 
 async def test_beside_a_strict_function_the_arguments_of_others_are_free() -> None:
