@@ -204,6 +204,11 @@ class ClientAnswer:
             return None
         return sum(run.approximate_tokens for run in self._runs)
 
+    @property
+    def may_be_approximate(self) -> bool:
+        """So with the prompts of which nothing is known yet."""
+        return any(run.may_be_approximate for run in self._runs)
+
     def close(self) -> None:
         """Runs that have not begun never will."""
         for run in self._runs:

@@ -234,9 +234,11 @@ class AnswerResponse(Response):
 
 
 def _approximate(answer: ClientAnswer | None) -> list[tuple[bytes, bytes]]:
-    """The header that says whether an answer to a prompt that names documents is approximate, as far as it is known."""
-    tokens = answer.approximate_tokens if answer is not None else None
-    return [] if tokens is None else [(APPROXIMATE, b"true" if tokens else b"false")]
+    """The header that says whether an answer to a prompt that names documents is approximate. A stream's goes out with
+    the first token: it says so of prompts that have none yet, unless nothing of theirs is reused."""
+    if answer is None or answer.approximate_tokens is None:
+        return []
+    return [(APPROXIMATE, b"true" if answer.may_be_approximate else b"false")]
 
 
 def failed_event(error: KVFerryError) -> bytes:

@@ -88,7 +88,9 @@ class RequestLegs:
         self._started_at = started_at
         self._documents = LegDocuments(spec.documents, lambda node: why_refused(self._engine(node)))
         self.approximate_tokens = 0
-        """Of the prompt, the most that a decode leg reused approximately."""
+        """Of the prompt, the most that a decode leg reused approximately ..."""
+        self.has_told = False
+        """... as far as one has told."""
         self._worth_waiting_s = math.inf if worth_waiting_s is None else worth_waiting_s
         self._prefill_tokens = len(spec.prompt_token_ids) - route.expected_cached_tokens
         """What a prefill leg is expected to compute: it counts as load of its node."""
@@ -265,6 +267,7 @@ class RequestLegs:
 
         def note(info: LegInfo) -> None:
             _note(leg, info)
+            self.has_told = True
             self.approximate_tokens = max(self.approximate_tokens, info.approximate_tokens)
             self._prefilled(action.node, info)
             services.cluster.leg_spoke(self._work[action.leg])

@@ -128,6 +128,13 @@ class RequestRun:
         """Of the prompt, reused where they are not exact: at most so many in any decode leg so far."""
         return self._legs.approximate_tokens
 
+    @property
+    def may_be_approximate(self) -> bool:
+        """Whether some of it is, or no decode leg has said yet."""
+        named = self._legs.spec.documents
+        asks = named is not None and named.told is not None
+        return self.approximate_tokens > 0 or (asks and not self._legs.has_told)
+
     def drop(self) -> None:
         """It will not be entered. Nothing comes of this if it was."""
         if self in self._opened:

@@ -1,14 +1,18 @@
 """Requests that name documents, from a client's body to the legs: what nodes are told, and what the client is."""
 
+import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 from support.router_fakes import CHUNK_TOKENS, FakeNode, Rig, make_rig, two_and_two
 
 from kvcore.config.kv.settings import BlendConfig
 from nodeapi.documents import Documents
+from nodeapi.messages import GenerateRequest, TokenDelta
 from router.documents.legs import LegDocuments
 from router.documents.named import NamedDocuments
 
@@ -121,6 +125,40 @@ async def test_a_stream_says_so_in_its_head_and_its_usage() -> None:
     assert '"approximate_tokens":' in reply.text
 
 
+@pytest.mark.parametrize(("blend", "said"), [(ON, "true"), (BlendConfig(), "false")])
+async def test_the_head_of_a_stream_calls_nothing_exact_that_may_still_be_approximate(
+    blend: BlendConfig, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two prompts the node of the second says nothing before the head is out."""
+    rig = await rig_of(msgspec.structs.replace(blend, separator=" # # "))
+    begun, answered = asyncio.Event(), FakeNode.generate
+
+    async def generate(node: FakeNode, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
+        if b" # # " in bytes(request.prompt_token_ids):
+            await begun.wait()
+        async for delta in answered(node, request):
+            yield delta
+
+    monkeypatch.setattr(FakeNode, "generate", generate)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Message) -> None:
+            begun.set()
+            await send(message)
+
+        await rig.app(scope, receive, sent)
+
+    body = {
+        "model": "fake-model",
+        "max_tokens": 2,
+        "prompt": ["none", "h # # one # # and # # two # # q"],
+        "stream": True,
+    }
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://r") as http:  # type: ignore[arg-type]
+        reply = await http.post("/v1/completions", json=body)
+    assert reply.headers["x-kvferry-approximate"] == said and "[DONE]" in reply.text
+
+
 async def test_a_decoder_that_takes_over_in_mid_stream_is_told_too() -> None:
     rig = await rig_of()
     rig.nodes["d0"].die_after = rig.nodes["d1"].die_after = 2
@@ -182,3 +220,17 @@ async def test_completions_name_documents_too_and_each_prompt_has_its_own() -> N
     said = told["h # # one # # q"]
     assert said is not None and "h # # one # # q"[slice(*said.spans[0])] == "one"
     assert reply.headers["x-kvferry-approximate"] == "false", "the one document is right behind its header"
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/responses", "input"), ("/v1/messages", "messages")], ids=["responses", "messages"]
+)
+async def test_the_separator_names_documents_on_other_surfaces_and_the_head_says_so(path: str, field: str) -> None:
+    rig = await rig_of(msgspec.structs.replace(ON, separator=" # # "))
+    said = [{"role": "user", "content": "h # # one # # and # # two, a longer one # # q"}]
+    body = {"model": "fake-model", field: said, "max_tokens" if field == "messages" else "max_output_tokens": 16}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=rig.app), base_url="http://r") as http:  # type: ignore[arg-type]
+        reply = await http.post(path, json=body)
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["x-kvferry-approximate"] == "true"
+    assert all(leg.documents is not None for leg in legs(rig)[1])
