@@ -152,7 +152,7 @@ def test_every_kind_of_kv_that_vllm_knows_is_told_from_every_other():
     ids=lambda error: type(error).__name__,
 )
 async def test_every_error_of_vllms_becomes_one_of_ours(theirs, ours):
-    async def generate(*arguments: object) -> AsyncGenerator[object, None]:
+    async def generate(*arguments: object, **named: object) -> AsyncGenerator[object, None]:
         raise theirs
         yield
 
