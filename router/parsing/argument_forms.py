@@ -7,6 +7,7 @@ there is no tag. Properties come in the order in which the schema has them, as i
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from router.parsing.arguments import value_kinds
 
@@ -267,13 +268,20 @@ def _is_any_string(schema: Schema) -> bool:
 
 
 def _with_definitions(schema: Schema, root: Schema) -> Schema:
-    """`schema` alone, with what it may refer to. Raises UnwritableError where that is elsewhere."""
-    for name in _references(schema):
-        if not name.startswith(tuple(f"#/{place}/" for place in _DEFINITIONS)):
-            raise UnwritableError(f"refers to {name!r}")
-    if not any(True for _ in _references(schema)):
-        return schema
-    return {**schema, **{place: root[place] for place in _DEFINITIONS if place in root}}
+    """`schema` alone, with the definitions that it refers to and those that they do. Raises UnwritableError where one
+    is elsewhere."""
+    kept: dict[str, dict[str, object]] = {}
+    rest = _references(schema)
+    while rest:
+        reference = rest.pop()
+        beginning, place, escaped = (*reference.split("/"), "", "")[:3]
+        if beginning != "#" or place not in _DEFINITIONS:
+            raise UnwritableError(f"refers to {reference!r}")
+        name, known = unquote(escaped).replace("~1", "/").replace("~0", "~"), root.get(place)
+        if isinstance(known, Mapping) and name in known and name not in kept.setdefault(place, {}):
+            kept[place][name] = known[name]
+            rest += _references(known[name])
+    return {**schema, **kept}
 
 
 def _references(schema: object) -> "list[str]":

@@ -320,3 +320,17 @@ async def test_other_surfaces_have_calls_made_too() -> None:
             assert [(item["type"], json.loads(item["arguments"])) for item in output] == [("function_call", ROME)]
     sent = [request.sampling.grammar for node in rig.nodes.nodes for request in node.generates]
     assert len(sent) == 4 and {one.kind for one in sent if one} == {GrammarKind.STRUCTURAL_TAG}
+
+
+async def test_each_argument_comes_with_those_definitions_alone_that_it_refers_to() -> None:
+    def item(number: int) -> dict[str, object]:
+        text, more = {"type": "string", "description": "x" * 1000}, {"$ref": f"#/$defs/a~1{number}"}
+        return {"type": "object", "properties": {"text": text, "next": more}}
+
+    made = {f"a/{number}": item(number) for number in range(20)}
+    fields = {f"p{number}": {"type": "array", "items": {"$ref": f"#/$defs/a~1{number}"}} for number in range(20)}
+    grammar = asked("qwen3_xml", "required", [tool("f", {"type": "object", "properties": fields, "$defs": made})])
+    assert len(grammar.text) < 50_000
+    value = '[{"text": "a", "next": {"text": "b"}}]'
+    call = "<tool_call>\n<function=f>\n<parameter=p3>\n{}\n</parameter>\n</function>\n</tool_call>"
+    assert await lets(grammar, call.format(value)) == "whole" and await lets(grammar, call.format("[1]")) == "no"
