@@ -22,6 +22,7 @@ from support.tiny_models import make_tiny_model
 from support.vllm_offline import (
     Answers,
     ask,
+    ask_saved,
     cached,
     check_answers,
     child_pids,
@@ -66,7 +67,7 @@ def twice_and_then_without_its_store(model: str) -> dict[str, Any]:
 
     with open_llm(model) as llm:
         assert isinstance(llm, LLM)
-        cold, warm = ask(llm, PROMPTS, NEW_TOKENS), ask(llm, PROMPTS, NEW_TOKENS)
+        cold, warm = ask(llm, PROMPTS, NEW_TOKENS), ask_saved(llm, PROMPTS, NEW_TOKENS)
         (said,) = llm.chat([{"role": "user", "content": "tell me of the quick brown fox"}], use_tqdm=False)
         (server,) = child_pids("metadata_server")
         os.kill(server, signal.SIGKILL)
@@ -203,11 +204,11 @@ def resets(model: str) -> dict[str, Any]:
     prompt = PROMPTS[-1:]
     with open_llm(model, enable_prefix_caching=True) as llm:
         shown: dict[str, Any] = {"cold": ask(llm, prompt, NEW_TOKENS), "local": reset()}
-        shown["loaded"] = ask(llm, prompt, NEW_TOKENS)
+        shown["loaded"] = ask_saved(llm, prompt, NEW_TOKENS)
         shown["both"] = reset(reset_connector=True)
         shown["anew"] = ask(llm, prompt, NEW_TOKENS)
         shown["local_again"] = reset()
-        shown["loaded_again"] = ask(llm, prompt, NEW_TOKENS)
+        shown["loaded_again"] = ask_saved(llm, prompt, NEW_TOKENS)
     return shown
 
 
@@ -229,8 +230,11 @@ def a_crowd_on_one_stored_prompt(model: str) -> dict[str, Any]:
 
     with open_llm(model, enable_prefix_caching=True, disable_log_stats=False) as llm:
         ask(llm, PROMPTS[-1:], NEW_TOKENS)
-        assert llm.engine.reset_prefix_cache() and loaded_tokens() == 0
-        return {"crowd": ask(llm, PROMPTS[-1:] * 16, NEW_TOKENS), "loaded": loaded_tokens()}
+        assert loaded_tokens() == 0
+        ask_saved(llm, PROMPTS[-1:], NEW_TOKENS)
+        assert llm.engine.reset_prefix_cache()
+        before = loaded_tokens()
+        return {"crowd": ask(llm, PROMPTS[-1:] * 16, NEW_TOKENS), "loaded": loaded_tokens() - before}
 
 
 def test_a_prompt_that_many_ask_at_once_is_loaded_once(tiny, questions):
@@ -251,7 +255,7 @@ def with_logprobs_of_the_prompt(model: str) -> dict[str, Any]:
         return {
             "cached": [output.num_cached_tokens for output in outputs],
             "same": logprobs[0] == logprobs[1],
-            "after": ask(llm, PROMPTS[-1:], NEW_TOKENS),
+            "after": ask_saved(llm, PROMPTS[-1:], NEW_TOKENS),
         }
 
 
