@@ -2,12 +2,13 @@ import dataclasses
 import zlib
 
 import pytest
+from support.sample_chunk import HEADER as SAMPLE
+from support.sample_chunk import PAYLOAD, VIEWS
 
 from kvcore.chunk_keys import chunk_keys, root_key
-from kvcore.types import ChunkKey, OwnerTag
+from kvcore.types import ChunkKey
 from kvstore.chunk_format import (
     HEADER_BYTES,
-    ChunkHeader,
     Expected,
     checksum,
     pack,
@@ -16,16 +17,7 @@ from kvstore.chunk_format import (
 )
 from kvstore.types import GetOutcome
 
-PAYLOAD = bytes(range(256))
-HEADER = ChunkHeader(
-    key=ChunkKey(bytes(range(16))),
-    fingerprint=bytes(range(16, 32)),
-    token_count=4,
-    payload_length=256,
-    checksum=0x9408A4433B952D71,
-    generation=0x0123456789ABCDEF,
-    owner=OwnerTag(bytes(range(0xA0, 0xA8))),
-)
+HEADER = dataclasses.replace(SAMPLE, checksum=0x9408A4433B952D71)
 VERSION_1 = (
     "4b56464348554e4b0100800004000000000102030405060708090a0b0c0d0e0f"
     "101112131415161718191a1b1c1d1e1f0001000000000000712d953b43a40894"
@@ -33,7 +25,6 @@ VERSION_1 = (
     "00000000000000000000000000000000000000000000000000000000cd067314"
 )
 EXPECTED = Expected(HEADER.key, HEADER.fingerprint, HEADER.generation, 256)
-VIEWS = [memoryview(PAYLOAD)[:100], memoryview(PAYLOAD)[100:]]
 
 
 def outcome(expected: Expected = EXPECTED, payload: bytes = PAYLOAD) -> GetOutcome:
