@@ -26,7 +26,7 @@ from kvcore.config.schema import ClusterConfig, ModelConfig, TorchEngineConfig
 from kvcore.errors import ConfigError, ContextLengthError, InvalidRequestError, KVFerryError
 from kvcore.model_folder import find_folder
 from kvferry.blend.folder import GivenDocument, NearestDocuments, read_documents, read_questions, read_text
-from kvferry.cache.commands import STOPPED
+from kvferry.cache.asking import STOPPED
 from kvferry.cache.tables import table
 from nodeapi.documents import CompareReply, CompareRequest, Documents
 from router.documents.named import PromptTokens

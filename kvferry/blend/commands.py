@@ -5,18 +5,14 @@
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-from rich.console import Console
-
 from kvcore.clock import SystemClock
-from kvcore.trust.opening import OPEN, ClusterTrust
 from kvferry.blend.folder import read_documents, read_text
-from kvferry.cache.client import CacheCommandError, RouterCalls, router_calls
-from kvferry.cache.commands import STOPPED
+from kvferry.cache.asking import RouterCommands
+from kvferry.cache.client import CacheCommandError, RouterCalls
 from kvferry.cache.tables import age_text
 from router.shadow.reports import BlendOrder, BlendReport, BlendTurned, ReuseDivergence
 from router.upkeep.reports import PromptWarmed, WarmReply
@@ -26,41 +22,23 @@ _ANY_QUESTION = "?"
 
 
 @dataclass(frozen=True, slots=True)
-class BlendCommands:
-    """Of one router. `as_json`: one JSON value on stdout in place of lines."""
-
-    url: str
-    console: Console
-    as_json: bool = False
-    trust: ClusterTrust = OPEN
+class BlendCommands(RouterCommands):
+    """What `kvferry blend` asks of a router."""
 
     def status(self) -> int:
         """Whether documents are reused, what comparisons said, and what was found wrong. 1: something is off or was
         wrong."""
-        return self._run(self._status)
+        return self.run(self._status)
 
     def turn_on(self, kinds: list[str] | None) -> int:
         """Kinds that were turned off; None: all."""
-        return self._run(lambda router: self._turn_on(router, kinds))
+        return self.run(lambda router: self._turn_on(router, kinds))
 
     def warm(self, folder: Path, header: Path | None) -> int:
         """The documents of a folder. Raises ConfigError."""
         documents, system = read_documents(folder), "" if header is None else read_text(header)
         bodies = [(one.name, warm_body(system, one.text)) for one in documents]
-        return self._run(lambda router: self._warm(router, bodies))
-
-    def _run(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
-        async def with_calls() -> int:
-            async with router_calls(self.url, trust=self.trust) as router:
-                return await work(router)
-
-        try:
-            return asyncio.run(with_calls())
-        except KeyboardInterrupt:
-            return STOPPED
-        except CacheCommandError as error:
-            sys.stderr.write(f"kvferry: error: {error}\n")
-            return 1
+        return self.run(lambda router: self._warm(router, bodies))
 
     async def _status(self, router: RouterCalls) -> int:
         report = await router.get("/v1/blend", BlendReport)
@@ -89,18 +67,7 @@ class BlendCommands:
         if not self._printed(warmed):
             computed, cached = sum(one.computed_tokens for one in lines), sum(one.cached_tokens for one in lines)
             self._lines([f"documents: {len(warmed)}, {computed} tokens computed, {cached} cached before"])
-        for name in [name for name, line in warmed.items() if line.no_room]:
-            sys.stderr.write(f"kvferry: {name}: found no room in the store\n")
-        return 1 if any(line.no_room for line in lines) else 0
-
-    def _printed(self, value: object) -> bool:
-        if self.as_json:
-            print(msgspec.json.encode(value).decode())
-        return self.as_json
-
-    def _lines(self, lines: Iterator[str] | list[str]) -> None:
-        for line in lines:
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return self._problems(f"{name}: found no room in the store" for name, line in warmed.items() if line.no_room)
 
 
 def warm_body(system: str, document: str) -> dict[str, object]:

@@ -5,18 +5,16 @@
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import msgspec
-from rich.console import Console
 from rich.progress import Progress
 
 from kvcore.clock import SystemClock
 from kvcore.errors import ConfigError
-from kvcore.trust.opening import OPEN, ClusterTrust
-from kvferry.cache.client import CacheCommandError, RouterCalls, router_calls
+from kvferry.cache.asking import RouterCommands
+from kvferry.cache.client import CacheCommandError, RouterCalls
 from kvferry.cache.inputs import GivenPrompt, read_prompts
 from kvferry.cache.tables import (
     clear_lines,
@@ -34,32 +32,14 @@ from router.upkeep.reports import ClearOrder, ClearReport, GenerationsReport, Lo
 _Result = TypeVar("_Result")
 _AT_ONCE = 4
 """Requests to the router under way; it bounds by itself what it does at once."""
-STOPPED = 130
-"""The exit code after Ctrl-C, as shells have it."""
 
 
 @dataclass(frozen=True, slots=True)
-class CacheCommands:
-    """Of one router. `as_json`: one JSON value on stdout in place of tables."""
+class CacheCommands(RouterCommands):
+    """Each is given to `run`, but for `clear`, which asks first."""
 
-    url: str
-    console: Console
-    as_json: bool = False
-    trust: ClusterTrust = OPEN
-    tenant: str = ""
-    """Whose prompts they are; empty: the caller's own."""
     model: str = ""
     """The model or adapter whose KV is meant, where a body does not say; empty: the model alone."""
-
-    def run(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
-        """Run one of the methods below to its end, or to Ctrl-C."""
-        try:
-            return asyncio.run(self._with_calls(work))
-        except KeyboardInterrupt:
-            return STOPPED
-        except CacheCommandError as error:
-            sys.stderr.write(f"kvferry: error: {error}\n")
-            return 1
 
     async def stat(self, router: RouterCalls) -> int:
         """Hit rate in tokens, and a line a tier."""
@@ -171,10 +151,6 @@ class CacheCommands:
         full = sum(line.no_room for line in lines)
         return self._problems([f"{full} prompts found no room in the store"] if full else [])
 
-    async def _with_calls(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
-        async with router_calls(self.url, trust=self.trust, tenant=self.tenant) as router:
-            return await work(router)
-
     async def _each(
         self, prompts: Sequence[GivenPrompt], call: Callable[[GivenPrompt], Awaitable[_Result]]
     ) -> list[_Result]:
@@ -194,22 +170,6 @@ class CacheCommands:
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
-
-    def _printed(self, value: object) -> bool:
-        if self.as_json:
-            print(msgspec.json.encode(value).decode())
-        return self.as_json
-
-    def _lines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def _problems(self, problems: Iterable[str]) -> int:
-        """Says each once, on stderr; the exit code."""
-        told = list(dict.fromkeys(problems))
-        for problem in told:
-            sys.stderr.write(f"kvferry: {problem}\n")
-        return 1 if told else 0
 
 
 def _is_meant(fingerprint: str, state: str, order: ClearOrder) -> bool:

@@ -11,12 +11,12 @@ import msgspec
 from rich.console import Console
 
 from kvcore.trust.opening import OPEN, ClusterTrust
+from kvferry.cache.asking import STOPPED
 from kvferry.cache.client import CacheCommandError, RouterCalls, router_calls
 from kvferry.machine import size_text
 from metadata_server.cache_messages import RebalanceReply, RebalanceRequest
 
 PATH = "/v1/nodes/rebalance"
-STOPPED = 130
 _WELL = ("no segment can shed more", "all was moved that was to be")
 
 
