@@ -34,7 +34,7 @@ class RunningRate:
 
     def outlasted(self, units: float, seconds: float) -> None:
         """So many units were given up after so long: they take longer. It counts where they took twice what was
-        expected: what is too slow ever to be measured would be believed to be fast for ever. What was merely late shared
-        the way with others, and of those that were given up only the slowest are seen."""
+        expected: what is too slow ever to be measured would be believed to be fast for ever. What was merely late
+        shared the way with others, and of those that were given up only the slowest are seen."""
         if self.value is None or 2 * units < self.value * seconds:
             self.observe(units, seconds)
