@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kvcore.clock import SystemClock
 from kvferry.blend.folder import read_documents, read_text
-from kvferry.cache.asking import RouterCommands
+from kvferry.cache.asking import AskingCommands
 from kvferry.cache.client import CacheCommandError, RouterCalls
 from kvferry.cache.tables import age_text
 from router.shadow.reports import BlendOrder, BlendReport, BlendTurned, ReuseDivergence
@@ -22,7 +22,7 @@ _ANY_QUESTION = "?"
 
 
 @dataclass(frozen=True, slots=True)
-class BlendCommands(RouterCommands):
+class BlendCommands(AskingCommands):
     """What `kvferry blend` asks of a router."""
 
     def status(self) -> int:

@@ -16,7 +16,7 @@ STOPPED = 130
 
 
 @dataclass(frozen=True, slots=True)
-class RouterCommands:
+class AskingCommands:
     """Of one router. `as_json`: one JSON value on stdout in place of lines and tables."""
 
     url: str

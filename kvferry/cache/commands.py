@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from kvcore.clock import SystemClock
 from kvcore.errors import ConfigError
-from kvferry.cache.asking import RouterCommands
+from kvferry.cache.asking import AskingCommands
 from kvferry.cache.client import CacheCommandError, RouterCalls
 from kvferry.cache.inputs import GivenPrompt, read_prompts
 from kvferry.cache.tables import (
@@ -35,7 +35,7 @@ _AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class CacheCommands(RouterCommands):
+class CacheCommands(AskingCommands):
     """Each is given to `run`, but for `clear`, which asks first."""
 
     model: str = ""
