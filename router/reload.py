@@ -13,7 +13,15 @@ from kvcore.process.service import Lifecycle
 from router.requests.services import RequestServices
 
 LIVE = (
-    *("policy", "min_prefill_tokens", "attempts", "request_timeout_s", "prefill_timeout_s", "drain_s"),
+    *(
+        "policy",
+        "min_prefill_tokens",
+        "decoder_prefill",
+        "attempts",
+        "request_timeout_s",
+        "prefill_timeout_s",
+        "drain_s",
+    ),
     *("first_token_s", "max_waiting", "stall_first_s", "stall_gap_s", "probe_interval_s"),
 )
 """Fields of `router` that change at once."""

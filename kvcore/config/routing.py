@@ -17,3 +17,13 @@ class RoutingPolicy(StrEnum):
     it is not much fuller than the others."""
     ROUND_ROBIN = "round_robin"
     """Each node in turn, whatever is cached where."""
+
+
+class DecoderPrefill(StrEnum):
+    """When a decoder computes an uncached rest that is long enough for a prefiller."""
+
+    FASTER = "faster"
+    """Where that is expected to take less time, by what was measured of both ways; and where a prefiller's KV is long
+    overdue."""
+    NEEDED = "needed"
+    """When no prefiller can, or has within `prefill_timeout_s`: prompts disturb a decoder's streams the least."""

@@ -13,7 +13,7 @@ from kvcore.config.kv.settings import KVConfig
 from kvcore.config.mooncake_metadata import MooncakeMetadataConfig
 from kvcore.config.partitions import PartitionConfig
 from kvcore.config.records import RecordsConfig, SqliteRecordsConfig
-from kvcore.config.routing import RoutingPolicy
+from kvcore.config.routing import DecoderPrefill, RoutingPolicy
 from kvcore.config.security import SecurityConfig, TlsConfig
 from kvcore.config.tiers import DiskTierConfig, TiersConfig
 from kvcore.eviction.evictor import PolicyName
@@ -225,6 +225,8 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     """How nodes are chosen for a request."""
     min_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] = 64
     """An uncached rest shorter than this is left to the decoder."""
+    decoder_prefill: DecoderPrefill = DecoderPrefill.FASTER
+    """Whether it computes a longer one, too, where that is expected to be faster, or only when it is needed."""
     request_timeout_s: Seconds = 600.0
     """For one request, from its arrival to its last token; then it ends with `deadline_exceeded`."""
     drain_s: Annotated[float, msgspec.Meta(ge=0)] = 600.0

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Protocol
 
 from kvcore.chunk_keys import split_adapter
+from kvcore.config.routing import DecoderPrefill
 from kvcore.errors import KVFerryError, NodeUnavailableError, OverloadedError, StoppingError
 from router.nodes.cluster import Cluster
 from router.requests.run import RequestRun
@@ -212,6 +213,7 @@ class Dispatcher:
             asks=spec.sampling.asks,
             adapter=split_adapter(spec.cache_salt)[0],
             whole_prompt=whole_prompt,
+            weighs=self._services.config.decoder_prefill is DecoderPrefill.FASTER,
             now=self._services.clock.now(),
         )
         return self._policy.choose(request, view)

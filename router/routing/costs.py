@@ -71,11 +71,13 @@ class Blamed(NamedTuple):
 
 class WayChoice(msgspec.Struct, frozen=True, kw_only=True):
     """Of the two ways. `stays`: the decoder computes. `blamed`: the rate that speaks most against the other way; None:
-    none does. `tries`: it is doubted, and the way that it speaks against is taken all the same."""
+    none does. `tries`: it is doubted, and the way that it speaks against is taken all the same. `weighed`: by what they
+    take; False: the decoder computes only when it is needed, and waits as long as it may."""
 
     stays: bool = False
     blamed: Blamed | None = None
     tries: bool = False
+    weighed: bool = True
 
 
 def choose_way(
@@ -85,15 +87,15 @@ def choose_way(
     prefiller: NodeView | None,
     limits: RateLimits = RateLimits(),
 ) -> WayChoice:
-    """Two cases, each with its exception:
+    """Two cases, each with its exception, where the ways are to be weighed at all:
 
     1. It pays to stay. The prefiller's way is tried if the rate that makes most of its moving is doubted: it is not
        waited for much longer than computing takes (`worth_waiting_s`).
     2. It does not. The decoder's way is tried if that would take little longer, what is known of its computing is
        doubted, and staying would pay if it computed as fast as the prefiller.
     """
-    if len(found) < 2 or prefiller is None:
-        return WayChoice()
+    if len(found) < 2 or prefiller is None or not request.weighs:
+        return WayChoice(weighed=request.weighs)
     here, there = found
     if pays_to_stay(found):
         in_time = there.queue_s + there.compute_s <= limits.ready_share * _try_s(here, limits)

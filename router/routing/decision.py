@@ -125,8 +125,8 @@ class Decision(msgspec.Struct, frozen=True):
 
     @property
     def worth_waiting_s(self) -> float | None:
-        """See the function of this name."""
-        return worth_waiting_s(self.ways, tries=self.way.tries)
+        """See the function of this name. None also where nothing is weighed."""
+        return worth_waiting_s(self.ways, tries=self.way.tries) if self.way.weighed else None
 
     def candidates(self, limit: int = MAX_EXPLAINED) -> list[Candidate]:
         """Decoders, then prefillers if one was wanted; at most `limit` of each, best first."""

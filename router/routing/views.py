@@ -225,6 +225,8 @@ class RouteRequest:
     asks: frozenset[str] = frozenset()
     adapter: str = ""
     """The identity of the one that its nodes must serve; empty: the model alone."""
+    weighs: bool = True
+    """What both ways take decides between them; False: a decoder computes only when it is needed."""
     whole_prompt: bool = False
     """Its decoder computes all of it, whatever is cached: logprobs of its tokens are wanted, which KV does not have."""
     documents: Mapping[bytes, DocumentHits] = field(default_factory=dict)

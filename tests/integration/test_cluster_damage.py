@@ -39,7 +39,7 @@ async def subject(
 ) -> AsyncIterator[ClusterHandle]:
     """Round robin: the second request for a prompt goes to the decoder that does not have its blocks."""
     folder = tmp_path_factory.mktemp("damage")
-    overrides = ("router.policy=round_robin",)
+    overrides = ("router.policy=round_robin", "router.decoder_prefill=needed")
     async with cluster(folder, prefillers=1, transport=request.param, overrides=overrides) as handle:
         yield handle
 

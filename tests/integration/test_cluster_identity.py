@@ -95,6 +95,7 @@ async def test_a_shared_prefix_is_computed_once_in_the_whole_cluster(tmp_path):
             "engine.kv_cache=256MiB",
             "router.policy=round_robin",
             "router.min_prefill_tokens=0",
+            "router.decoder_prefill=needed",
             *[f"nodes.{node}.segment=128MiB" for node in ("prefill-0", "prefill-1", "decode-0", "decode-1")],
         ],
     ) as handle:

@@ -67,6 +67,7 @@ async def subject(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Async
     overrides = [
         "router.policy=round_robin",
         "router.min_prefill_tokens=0",
+        "router.decoder_prefill=needed",
         "engine.args.kv-cache-memory-bytes=14M",  # 35 blocks: one prompt of CONTEXT tokens, or little more
         *(f"nodes.{node}.segment=64MiB" for node in ("prefill-0", "decode-0", "decode-1")),
     ]

@@ -84,7 +84,7 @@ async def answers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bot
                 name="m",
                 prefillers=1,
                 decoders=1,
-                overrides=["router.min_prefill_tokens=0"],
+                overrides=["router.min_prefill_tokens=0", "router.decoder_prefill=needed"],
             )
         )
         urls = (await theirs, ours.url)

@@ -41,6 +41,7 @@ async def test_adapters_answer_as_one_vllm_does_and_share_no_kv(tiny: Path, tmp_
     assert len(tokens) == 3, "the adapters change nothing"
     overrides = [
         "router.min_prefill_tokens=0",
+        "router.decoder_prefill=needed",
         *(f"model.adapters.{name}={folder}" for name, folder in adapters.items()),
         *(f"nodes.{node}.segment=64MiB" for node in ("prefill-0", "decode-0")),
     ]

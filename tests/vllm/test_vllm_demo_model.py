@@ -24,6 +24,7 @@ async def test_tokens_at_every_length_are_those_of_one_vllm(tmp_path):
     prompts = [[seed + 100, *words, *words, *words][:length] for seed, length in enumerate(LENGTHS)]
     overrides = [
         "router.min_prefill_tokens=0",
+        "router.decoder_prefill=needed",
         f"model.max_context={CONTEXT}",
         "engine.args.kv-cache-memory-bytes=260M",
         "nodes.decode-0.segment=512MiB",

@@ -41,6 +41,7 @@ async def test_workers_write_sealed_chunks_and_load_no_forged_one(
     overrides = [
         "router.policy=round_robin",
         "router.min_prefill_tokens=0",
+        "router.decoder_prefill=needed",
         "engine.args.kv-cache-memory-bytes=14M",
         *(f"nodes.{node}.segment=64MiB" for node in ("prefill-0", "decode-0", "decode-1")),
         secret_override(tmp_path),

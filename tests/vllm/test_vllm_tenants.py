@@ -41,6 +41,7 @@ async def test_tenants_share_what_is_declared_public_and_nothing_else(tiny: Path
         f"security.keys.file={tmp_path}/keys.json",
         f"security.keys.public=[{{file: {tmp_path}/system.txt}}]",
         "router.min_prefill_tokens=0",
+        "router.decoder_prefill=needed",
         *(f"nodes.{node}.segment=64MiB" for node in ("prefill-0", "decode-0")),
     ]
     async with cluster(

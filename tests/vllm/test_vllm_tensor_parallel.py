@@ -15,6 +15,7 @@ async def test_tokens_are_those_of_one_vllm_and_each_rank_moves_its_part(tiny, s
     questions = await asyncio.to_thread(Questions, single, PROMPTS, NEW_TOKENS)
     overrides = [
         "router.min_prefill_tokens=0",
+        "router.decoder_prefill=needed",
         "engine.args.tensor-parallel-size=2",
         *(f"nodes.{node}.engine.env.VLLM_CPU_OMP_THREADS_BIND=0|1" for node in ("prefill-0", "decode-0")),
         *(f"nodes.{node}.segment=32MiB" for node in ("prefill-0", "decode-0")),

@@ -62,6 +62,17 @@ def test_a_short_rest_behind_much_that_is_cached_is_computed_where_that_lies():
     assert chosen(asked(70 * 16 + 65, 70)) == (None, STAYS)
 
 
+def test_a_decoder_that_computes_only_in_need_leaves_the_same_rest_to_a_prefiller_and_waits_for_it():
+    never = replace(asked(70 * 16 + 65, 70), weighs=False)
+    found = prefix_aware.make().choose(never, ClusterView((P,), (D,)))
+    assert found.route is not None and (found.route.prefiller, found.route.reason) == ("p", "prefix_hit")
+    assert found.ways and found.worth_waiting_s is None
+    weighed = prefix_aware.make().choose(asked(2000), ClusterView((P,), (D,)))
+    assert weighed.worth_waiting_s is not None
+    alone = prefix_aware.make().choose(never, ClusterView((), (D,)))
+    assert alone.route is not None and (alone.route.decoder, alone.route.reason) == ("d", "no_prefiller")
+
+
 def test_a_long_rest_is_worth_loading_for():
     assert chosen(asked(70 * 16 + 8000, 70)) == ("p", "prefix_hit")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 from support.router_fakes import make_rig
 
-from kvcore.config.routing import RoutingPolicy
+from kvcore.config.routing import DecoderPrefill, RoutingPolicy
 from kvcore.config.schema import ClusterConfig, ModelConfig, NodeConfig, RouterConfig
 from kvcore.types import Role
 from router.reload import LIVE, LiveRouter
@@ -13,6 +13,7 @@ from router.reload import LIVE, LiveRouter
 OTHER: dict[str, object] = {
     "policy": RoutingPolicy.ROUND_ROBIN,
     "min_prefill_tokens": 7,
+    "decoder_prefill": DecoderPrefill.NEEDED,
     "attempts": 2,
     "request_timeout_s": 11.0,
     "prefill_timeout_s": 12.0,
