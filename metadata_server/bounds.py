@@ -15,6 +15,7 @@ from kvcore.trust.certificates import PeerNames
 from kvcore.types import ChunkKey, OwnerTag, ReplicaRef
 from metadata_server.account_messages import ImportRequest, OrphansRequest, RemoveOrphansRequest
 from metadata_server.cache_messages import (
+    BlendSwitchesRequest,
     ExpireRequest,
     MoveChunksRequest,
     PinRequest,
@@ -44,6 +45,7 @@ MAX_TEXT = 4096
 MAX_BYTES = 1 << 50
 MAX_GENERATION = 1 << 63
 MAX_ADDRESSES = 16
+MAX_SWITCHES = 1024
 _KEY_LENGTHS = frozenset({KEY_BYTES})
 
 
@@ -212,6 +214,18 @@ def check_release(request: ReleaseRequest) -> None:
 def check_rebalance(request: RebalanceRequest) -> None:
     """An order to even segments out."""
     require(0 <= request.most_bytes < MAX_BYTES, "most_bytes", "out of range")
+
+
+def check_switches(request: BlendSwitchesRequest) -> None:
+    """What a router tells of kinds of documents."""
+    require(len(request.switches) <= MAX_SWITCHES, "switches", f"more than {MAX_SWITCHES}")
+    for number, one in enumerate(request.switches):
+        where = f"switches[{number}]"
+        check_text(one.model, f"{where}.model")
+        check_name(one.kind, f"{where}.kind")
+        check_text(one.off, f"{where}.off")
+        require(0 <= one.number < MAX_GENERATION, f"{where}.number", "out of range")
+        require(one.at >= 0, f"{where}.at", "negative")
 
 
 def check_move(request: MoveChunksRequest) -> None:

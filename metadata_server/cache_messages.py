@@ -4,6 +4,7 @@ As all messages of the metadata server, see `metadata_server.messages`. Since ve
 the protocol.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -22,6 +23,8 @@ REBALANCE = 5
 """Since which segments are evened out by order."""
 NODE_ROLES = 7
 """Since which a node is told by order as what it serves."""
+BLEND_SWITCHES = 7
+"""Since which it is kept whether documents of a kind are reused."""
 NodeAction = Literal["drain", "undrain", "remove", "role"]
 OrderedRole = Literal["prefiller", "decoder"]
 
@@ -234,3 +237,40 @@ class RebalanceReply(ReplyBody, frozen=True, kw_only=True):
     to_move_bytes: int
     """That a run begun now would move at most."""
     segments: list[SegmentFill]
+
+
+class KindSwitch(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether documents of a kind, of a model, are reused (`router.shadow.gate`). `off`: why not; empty: they are.
+    `at`: since when, Unix seconds. `number`: how often that was changed."""
+
+    model: str
+    kind: str
+    number: int = 0
+    off: str = ""
+    at: float = 0.0
+
+    @property
+    def order(self) -> tuple[int, bool]:
+        """Of two about one kind the greater is right: the later one, of two at once the one that is off."""
+        return self.number, bool(self.off)
+
+
+class BlendSwitchesRequest(RequestBody, frozen=True, kw_only=True):
+    """What a router knows of kinds that were ever turned; nothing if it has just begun. Since BLEND_SWITCHES."""
+
+    switches: list[KindSwitch]
+
+
+class BlendSwitchesReply(ReplyBody, frozen=True, kw_only=True):
+    """What is right of all kinds that any router told of, written down."""
+
+    switches: list[KindSwitch]
+
+
+def latest_switches(said: Iterable[KindSwitch]) -> list[KindSwitch]:
+    """Of each kind what is right, in the order of their names."""
+    right: dict[tuple[str, str], KindSwitch] = {}
+    for one in said:
+        before = right.setdefault((one.model, one.kind), one)
+        right[one.model, one.kind] = max(before, one, key=lambda switch: switch.order)
+    return [one for _, one in sorted(right.items())]

@@ -26,6 +26,8 @@ from metadata_server.account_messages import (
     Stats,
 )
 from metadata_server.cache_messages import (
+    BlendSwitchesReply,
+    BlendSwitchesRequest,
     CacheReply,
     EvictRequest,
     ExpireRequest,
@@ -275,6 +277,12 @@ class MetadataClient:
     ) -> RemoveOrphansReply:
         """Remove what is orphaned still. Idempotent."""
         return await self._call(endpoints.REMOVE_ORPHANS, request, timeout_s)
+
+    async def blend_switches(
+        self, request: BlendSwitchesRequest, *, timeout_s: float | None = None
+    ) -> BlendSwitchesReply:
+        """Tell whether documents of a kind are reused, and hear it. Idempotent."""
+        return await self._call(endpoints.BLEND_SWITCHES, request, timeout_s)
 
     async def nodes(self, *, timeout_s: float | None = None) -> NodesReply:
         """Live nodes and their segments, with the addresses to reach them by."""

@@ -40,11 +40,13 @@ from metadata_server.messages import (
 from metadata_server.protocol import ANYBODY, Asker, bound_calls, encode
 from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.pins import PinRecords
+from metadata_server.records.switches import BlendSwitches
 from metadata_server.refusals import Refusals
 from metadata_server.shell.event_streams import EventStreams, wait_for
 from metadata_server.shell.floods import NodeFloods
 from metadata_server.versions import TermReply, VersionedTermReply
 
+Kept = tuple[PinRecords, NodeOrdering, BlendSwitches]  # what writes a term down
 _logger = logging.getLogger("metadata_server")
 _DONE = Nothing()
 
@@ -54,6 +56,7 @@ class MetadataCore:
 
     state: MetadataState
     orders: NodeOrdering
+    switches: BlendSwitches
     janitor: Janitor
     floods: NodeFloods
 
@@ -64,23 +67,22 @@ class MetadataCore:
         limits: ServerLimits = ServerLimits(),
         pins: PinRecords | None = None,
         orders: NodeOrdering | None = None,
+        *,
+        switches: BlendSwitches | None = None,
     ) -> None:
-        """`pins`, `orders`: what writes them down; None: nothing does."""
-        self.state = state
-        self.orders = orders or NodeOrdering(state, clock)
-        self._pins = pins
+        """`pins`, `orders`, `switches`: what writes them down; None: nothing does."""
+        self.state, self._pins = state, pins
+        self.orders, self.switches = orders or NodeOrdering(state, clock), switches or BlendSwitches()
         self._clock = clock
         self._limits = limits
         self._waiting: dict[ChunkKey, set[asyncio.Event]] = {}
         self._refusals = Refusals(limits)
         self._said = PeerLog(_logger, clock=clock)
         self.floods = NodeFloods(limits, state.counters, self._said)
-        self._turn = asyncio.Lock()
-        self._num_in_turn = 0
+        self._turn, self._num_in_turn = asyncio.Lock(), 0
         self._seen_seq = state.log.next_seq
         self._streams = EventStreams(state.log, self._snapshot, self._greet, limits)
-        self._sooner = asyncio.Event()
-        self._planned = float("inf")
+        self._sooner, self._planned = asyncio.Event(), float("inf")
         self._pulse_at: float | None = None
         self._stopping = False
         self.leader: Leader = OnlyServer()
@@ -88,10 +90,10 @@ class MetadataCore:
         self.token = 0  # of the term that `state` is of
         self._calls = bound_calls(self)
 
-    def begin(self, state: MetadataState, kept: tuple[PinRecords, NodeOrdering] | None = None, token: int = 0) -> None:
+    def begin(self, state: MetadataState, kept: Kept | None = None, token: int = 0) -> None:
         """Go on with another index, of this term: event streams of the one before end, long polls ask this one."""
         self.state, self.token, self.floods.counts = state, token, state.counters
-        self._pins, self.orders = kept or (None, NodeOrdering(state, self._clock))
+        self._pins, self.orders, self.switches = kept or (None, NodeOrdering(state, self._clock), BlendSwitches())
         self._calls, self._seen_seq, self._planned = bound_calls(self), state.log.next_seq, float("inf")
         self._sooner.set()
         self._wake_all_waiters()

@@ -32,6 +32,7 @@ from metadata_server.bounds import (
     check_release,
     check_renew,
     check_seconds,
+    check_switches,
     check_tell_holdings,
     require,
 )
@@ -250,13 +251,7 @@ PIN = EndpointSpec(
     durable=True,
 )
 UNPIN = EndpointSpec(
-    "/v1/cache/unpin",
-    c.UnpinRequest,
-    c.CacheReply,
-    lambda core: core.unpin,
-    "End pins",
-    _check_only_keys,
-    durable=True,
+    "/v1/cache/unpin", c.UnpinRequest, c.CacheReply, lambda core: core.unpin, "End pins", _check_only_keys, durable=True
 )
 EVICT = EndpointSpec(
     "/v1/cache/evict",
@@ -267,12 +262,7 @@ EVICT = EndpointSpec(
     _check_only_keys,
 )
 EXPIRE = EndpointSpec(
-    "/v1/cache/expire",
-    c.ExpireRequest,
-    c.CacheReply,
-    lambda core: core.state.expire,
-    "Give chunks a time after which they are forgotten",
-    check_keep,
+    "/v1/cache/expire", c.ExpireRequest, c.CacheReply, lambda core: core.state.expire, "Forget chunks later", check_keep
 )
 PINS = EndpointSpec("/v1/cache/pins", None, c.PinsReply, lambda core: core.state.pins, "What is pinned")
 REBALANCE = EndpointSpec(
@@ -310,6 +300,15 @@ REMOVE_ORPHANS = EndpointSpec(
 NODE_ORDERS = EndpointSpec(
     "/v1/nodes/node_orders", None, c.NodeOrdersReply, lambda core: core.orders.listed, "Which are drained or removed"
 )
+BLEND_SWITCHES = EndpointSpec(
+    "/v1/cache/blend_switches",
+    c.BlendSwitchesRequest,
+    c.BlendSwitchesReply,
+    lambda core: core.switches.told,
+    "Whether documents of a kind are reused",
+    check_switches,
+    durable=True,
+)
 NODES = EndpointSpec("/v1/nodes", None, m.NodesReply, lambda core: core.nodes, "Live nodes and segments")
 STATS = EndpointSpec("/v1/stats", None, ac.Stats, lambda core: core.stats, "What is held, and counters")
 
@@ -341,6 +340,7 @@ ENDPOINTS: tuple[EndpointSpec[Any, Any], ...] = (
     REBALANCING,
     ORPHANS,
     REMOVE_ORPHANS,
+    BLEND_SWITCHES,
     NODES,
     STATS,
 )

@@ -34,6 +34,7 @@ from metadata_server.records.base import Records
 from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.opening import open_records
 from metadata_server.records.pins import PinRecords
+from metadata_server.records.switches import BlendSwitches
 from metadata_server.shell.app import create_app
 from metadata_server.shell.metrics import register_mooncake
 
@@ -52,7 +53,8 @@ def create_core(
     """An empty index with an epoch and generations that no earlier life had. Without `first_generation`: as far as the
     wall clock grows. `shares`: as of MetadataState."""
     state = new_index(config, clock, by_clock(clock) if first_generation is None else first_generation, shares)
-    return MetadataCore(state, clock, pins=pins, orders=NodeOrdering(state, clock, records))
+    orders = NodeOrdering(state, clock, records)
+    return MetadataCore(state, clock, pins=pins, orders=orders, switches=BlendSwitches(records))
 
 
 async def main(config: ClusterConfig, lifecycle: Lifecycle, *, change_partitions: bool = False) -> None:

@@ -12,13 +12,14 @@ from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import internal_url, own_part
 from kvcore.eviction.quotas import TenantShares
 from kvcore.identity import ClusterIdentity
-from metadata_server.core import MetadataCore
+from metadata_server.core import Kept, MetadataCore
 from metadata_server.index.state import MetadataState
 from metadata_server.leading.lives import by_clock, first_generation
 from metadata_server.records.base import Guard, Records
 from metadata_server.records.limits import RecordsLimits
 from metadata_server.records.node_orders import NodeOrdering
 from metadata_server.records.pins import PinRecords
+from metadata_server.records.switches import BlendSwitches
 from metadata_server.versions import SPOKEN
 
 
@@ -66,7 +67,7 @@ class Terms:
         self._records = records
         self._core = core
         self._limits = limits
-        self._kept: tuple[PinRecords, NodeOrdering] | None = None
+        self._kept: Kept | None = None
         """What writes down the term that we lead."""
 
     async def lead(self, guard: Guard) -> None:
@@ -77,7 +78,7 @@ class Terms:
         await pins.restore(state)
         orders = NodeOrdering(state, self._clock, self._records, guard=guard)
         await orders.restore()
-        self._kept = pins, orders
+        self._kept = pins, orders, BlendSwitches(self._records, guard=guard)
         self._core.begin(state, self._kept, guard.revision)
 
     def end(self) -> None:
@@ -90,5 +91,5 @@ class Terms:
         """Write down what ends by itself, until cancelled."""
         while True:
             await asyncio.sleep(self._limits.sweep_s)
-            for kept in self._kept or ():
+            for kept in self._kept[:2] if self._kept is not None else ():
                 await kept.sweep()

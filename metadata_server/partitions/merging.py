@@ -19,6 +19,7 @@ from metadata_server.account_messages import (
     Stats,
 )
 from metadata_server.cache_messages import (
+    BlendSwitchesReply,
     CacheReply,
     MoveChunksReply,
     NodeOrderReply,
@@ -28,6 +29,7 @@ from metadata_server.cache_messages import (
     RenewReply,
     RenewRequest,
     SegmentFill,
+    latest_switches,
 )
 from metadata_server.messages import (
     CommitRefusal,
@@ -206,6 +208,12 @@ def merge_rebalance(_: object, pieces: Sequence[Piece[Any]], answers: Answers[Re
         to_move_bytes=sum(reply.to_move_bytes for reply in replies),
         segments=list(fills.values()),
     )
+
+
+def merge_switches(_: object, pieces: Sequence[Piece[Any]], answers: Answers[BlendSwitchesReply]) -> BlendSwitchesReply:
+    """What is right of all that any partition keeps: they are all told, those that are away the next time."""
+    said = (switch for _, answer in _answered(pieces, answers) for switch in answer.switches)
+    return BlendSwitchesReply(switches=latest_switches(said))
 
 
 def merge_nodes(_: object, pieces: Sequence[Piece[Any]], answers: Answers[NodesReply]) -> NodesReply:

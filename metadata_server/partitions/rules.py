@@ -49,6 +49,7 @@ RULES: Mapping[str, Rule] = {
         (e.REBALANCING, Rule(s.to_all, m.merge_rebalance, all_or_none=True)),
         (e.ORPHANS, Rule(s.to_all, m.merge_orphans, all_or_none=True)),
         (e.REMOVE_ORPHANS, Rule(s.to_all, m.merge_removed, all_or_none=True)),
+        (e.BLEND_SWITCHES, Rule(s.to_all, m.merge_switches)),
         (e.NODES, Rule(s.to_all, m.merge_nodes)),
         (e.STATS, Rule(s.to_all, m.merge_stats)),
     )

@@ -17,6 +17,7 @@ from metadata_server.bounds import (
     MAX_KEEP_SECONDS,
     MAX_NAME,
     MAX_SECONDS,
+    MAX_SWITCHES,
     MAX_TEXT,
     MAX_WAIT_SECONDS,
 )
@@ -234,6 +235,14 @@ _FIELD_BOUNDS: dict[str, dict[str, _Schema]] = {
     "EvictRequest": {"keys": _KEYS},
     "ExpireRequest": {"keys": _KEYS, "ttl_s": _KEEP_SECONDS},
     "RebalanceRequest": {"most_bytes": _whole(0, MAX_BYTES)},
+    "BlendSwitchesRequest": {"switches": {"maxItems": MAX_SWITCHES}},
+    "KindSwitch": {
+        "model": _TEXT,
+        "kind": _NAME,
+        "number": _whole(0, MAX_GENERATION),
+        "off": _TEXT,
+        "at": {"minimum": 0},
+    },
     "OrphansRequest": {"known": _ITEMS, "older_s": _AGE},
     "RemoveOrphansRequest": {"known": _ITEMS, "ids": _ITEMS, "older_s": _AGE},
     "ReserveItem": {"key": _KEY, "length": _LENGTH},

@@ -16,9 +16,9 @@ import msgspec
 
 from kvcore.clock import Clock
 from kvcore.errors import InvalidRequestError
+from metadata_server.cache_messages import KindSwitch
 from router.admission.fair_queue import FairQueue
 from router.admission.limits import AdmissionLimits
-from router.shadow.gate import KindSwitch
 
 Order = tuple[int, float]
 """(rank, start) of who waits: the least goes first."""

@@ -23,8 +23,7 @@ class DocumentGate:
         its name."""
         if self._config.mode == "off":
             return "kv.blend.mode is off"
-        why = self._judged.why_off(model, kind) if self._judged is not None else ""
-        return f"turned off, until `kvferry blend on`: {why}" if why else ""
+        return self._judged.why_off(model, kind) if self._judged is not None else ""
 
     def passed(self, model: str, spec: RequestSpec) -> RequestSpec:
         """The request, whose documents are reused if the gate is open now."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from kvcore.config.kv.settings import BlendConfig
+from metadata_server.cache_messages import KindSwitch
 from router.shadow.limits import BlendGateLimits
 from router.shadow.reports import BlendReport, KindReport
 
@@ -27,21 +28,6 @@ class Judged(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.model}"
-
-
-class KindSwitch(msgspec.Struct, frozen=True, kw_only=True):
-    """What routers tell each other. `off`: why it is; empty: it is on. `at`: since when, Unix seconds."""
-
-    model: str
-    kind: str
-    number: int = 0
-    off: str = ""
-    at: float = 0.0
-
-    @property
-    def order(self) -> tuple[int, bool]:
-        """The greatest is right."""
-        return self.number, bool(self.off)
 
 
 @dataclass(slots=True)
@@ -62,6 +48,8 @@ class BlendGate:
         self._kinds: dict[Judged, _Kind] = {}
         self.on_change: list[Callable[[], None]] = []
         """Called when a kind was turned off or on here."""
+        self.unheard = ""
+        """Why it is not known what was turned before this router began, in one sentence; empty: it is."""
 
     def __repr__(self) -> str:
         return f"<BlendGate {self._config.mode}, {len(self._kinds)} kinds, off: {', '.join(self._off()) or 'none'}>"
@@ -73,12 +61,19 @@ class BlendGate:
 
     def why_off(self, model: str, kind: str) -> str:
         """Why the gate keeps documents of this kind from being reused, in one sentence; empty: it does not."""
-        known = self._known(Judged(model, kind))
-        return "more models and kinds than can be judged" if known is None else known.switch.off
+        if self.unheard:
+            return self.unheard
+        if (known := self._known(Judged(model, kind))) is None:
+            return "more models and kinds than can be judged"
+        return f"turned off, until `kvferry blend on`: {known.switch.off}" if known.switch.off else ""
 
     def problem(self) -> str | None:
         """A sentence for people while some kind is off; None: none is."""
-        if self.mode == "off" or not (off := self._off()):
+        if self.mode == "off":
+            return None
+        if self.unheard:
+            return f"documents are not reused: {self.unheard}"
+        if not (off := self._off()):
             return None
         return (
             f"documents are not reused, as that changed answers too much: {', '.join(off)}; see `kvferry blend status`"

@@ -21,6 +21,8 @@ class ShadowLimits:
     """For its reply to come, beyond that."""
     tokens: int = 12
     """That a comparison goes on for."""
+    keep_again_s: float = 2.0
+    """Between two looks at what the metadata server keeps of turned kinds."""
     remembered: int = 32
     """Findings about chunks that are shown."""
 

@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from fastapi import FastAPI
 
@@ -10,12 +11,14 @@ from kvcore import metric_names as names
 from kvcore.config.schema import ClusterConfig
 from kvcore.process.service import Lifecycle
 from kvcore.telemetry import Metrics, log_fields
+from metadata_server.cache_messages import KindSwitch
 from metadata_server.client import MetadataClient
 from nodeapi.client import HttpNodeClient
 from router.admission.sharing import SharedAdmission
 from router.requests.services import RequestServices
 from router.shadow.comparing import ShadowComparisons
-from router.shadow.gate import BlendGate, KindSwitch
+from router.shadow.gate import BlendGate
+from router.shadow.keeping import KeptSwitches
 from router.shadow.quarantine import ChunkQuarantine
 from router.shadow.routes import BlendRoutes, add_no_blend
 from router.status import StatusView
@@ -56,8 +59,11 @@ def open_shadow(
     lifecycle.tasks.create_task(shadow.run(), name="shadow comparisons")
     status.problems_beside += [gate.problem, shadow.problem]
     show(gate, shadow, metrics)
+    told = partial(follow, gate)
+    if gate.mode != "off":
+        lifecycle.tasks.create_task(KeptSwitches(gate, metadata, told).run(), name="kept switches of documents")
     if shared is not None:
-        share(gate, shared)
+        share(gate, shared, told)
     return BlendRoutes(gate, shadow, int(config.router.max_body)).add_to
 
 
@@ -72,13 +78,14 @@ def _off(gate: BlendGate) -> list[tuple[tuple[str, ...], float]]:
     return [((one.model, one.kind), float(bool(one.off))) for one in gate.report().kinds]
 
 
-def share(gate: BlendGate, shared: SharedAdmission) -> None:
-    """Tell the other routers and processes what was turned, and follow them."""
+def follow(gate: BlendGate, switches: Sequence[KindSwitch]) -> None:
+    """Others say this: do so, and say what has changed by it."""
+    for one in gate.told(switches):
+        level, event = (logging.ERROR, "blend_off") if one.off else (logging.WARNING, "blend_on")
+        log_fields(_log, level, event, model=one.model, kind=one.kind, told=True, why=one.off or None)
 
-    def told(switches: Sequence[KindSwitch]) -> None:
-        for one in gate.told(switches):
-            level, event = (logging.ERROR, "blend_off") if one.off else (logging.WARNING, "blend_on")
-            log_fields(_log, level, event, model=one.model, kind=one.kind, told=True, why=one.off or None)
 
+def share(gate: BlendGate, shared: SharedAdmission, told: Callable[[Sequence[KindSwitch]], None]) -> None:
+    """Tell the other routers and processes what was turned, and be `told`."""
     shared.switches, shared.told_switches = gate.switches, told
     gate.on_change.append(shared.tell_all)

@@ -74,6 +74,7 @@ def examples() -> dict[str, Any]:
         c.PinRequest(keys=keys(1), ttl_s=1.0),
         c.UnpinRequest(keys=keys(1)),
         c.RebalanceRequest(action="start", most_bytes=1),
+        c.BlendSwitchesRequest(switches=[c.KindSwitch(model="m", kind="part", number=1, off="why", at=1.0)]),
         ac.OrphansRequest(known=["a"], older_s=1.0),
         ac.RemoveOrphansRequest(kind="pins", ids=["1"], known=["a"], older_s=1.0),
         c.EvictRequest(keys=keys(1)),

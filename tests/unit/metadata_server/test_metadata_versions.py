@@ -66,6 +66,7 @@ def requests(state: MetadataState) -> dict[str, msgspec.Struct | None]:
         "/v1/nodes/rebalancing": None,
         "/v1/janitor/orphans": ac.OrphansRequest(known=["a"], older_s=1.0),
         "/v1/janitor/remove_orphans": ac.RemoveOrphansRequest(kind="pins", ids=["00"], known=[], older_s=1.0),
+        "/v1/cache/blend_switches": c.BlendSwitchesRequest(switches=[c.KindSwitch(model="m", kind="part", number=1)]),
         "/v1/nodes": None,
         "/v1/stats": None,
     }

@@ -25,7 +25,7 @@ def test_a_kind_goes_off_once_enough_was_compared_and_says_why():
     gate = made()
     assert fed(gate, BAD, BAD) == ["", ""] and gate.why_off("m", "field") == ""
     [why] = fed(gate, BAD)
-    assert why == gate.why_off("m", "field") and "3 comparisons" in why
+    assert gate.why_off("m", "field") == f"turned off, until `kvferry blend on`: {why}" and "3 comparisons" in why
     assert "2 nats (at most 0.3)" in why and "50% of tokens agreed (at least 80%)" in why
     assert gate.problem() is not None and "field of m" in str(gate.problem())
 
@@ -88,7 +88,8 @@ def tell(source: BlendGate, *targets: BlendGate) -> None:
 def test_routers_follow_each_other_off_and_on():
     one, two = made(), made()
     fed(one, BAD, BAD, BAD)
-    assert [said.off for said in two.told(one.switches())] == [one.why_off("m", "field")]
+    assert [said.off for said in two.told(one.switches())] == [said.off for said in one.switches()] != [""]
+    assert two.why_off("m", "field") == one.why_off("m", "field")
     assert two.told(one.switches()) == [], "it knows that already"
     two.turn_on()
     assert [said.off for said in one.told(two.switches())] == [""] and one.why_off("m", "field") == ""
