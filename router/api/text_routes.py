@@ -25,6 +25,7 @@ from router.api.fields.checks import require, token_ids
 from router.api.fields.openai_schema import prompts_of
 from router.api.limits import ApiLimits
 from router.api.responses import JsonReply, error_response
+from router.documents.writing import document_texts
 from router.processes.view import RouterView
 from router.requests.spec import Prompt, TextPrompt
 from router.tenants.callers import caller_of
@@ -43,6 +44,8 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     continue_final_message: bool | None = False
     chat_template_kwargs: dict[str, object] | None = None
     tools: list[Tool] | None = None
+    documents: list[str | dict[str, object]] | None = None
+    """As of a chat, or of a completion."""
 
 
 class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,7 +124,8 @@ def _prompt_of(body: TokenizeRequest, limits: ApiLimits) -> Prompt:
     both = body.prompt is not None and body.messages is not None
     require(not both, "prompt", "and messages must not both be given")
     if body.prompt is not None:
-        return TextPrompt(body.prompt, body.add_special_tokens is not False)
+        documents = tuple(document_texts(body.documents or ()))
+        return TextPrompt(body.prompt, body.add_special_tokens is not False, documents)
     messages = body.messages or []
     require(body.messages is not None, "prompt", "or messages must be given")
     (prompt,) = prompts_of(
@@ -132,6 +136,7 @@ def _prompt_of(body: TokenizeRequest, limits: ApiLimits) -> Prompt:
             continue_final_message=body.continue_final_message,
             chat_template_kwargs=body.chat_template_kwargs,
             tools=body.tools,
+            documents=body.documents,
             tool_choice="none",
         ),
         limits,

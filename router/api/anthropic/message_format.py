@@ -7,6 +7,7 @@ import msgspec
 
 from kvcore.errors import KVFerryError
 from router.api.anthropic.errors import anthropic_event
+from router.api.formats.formatter import prompt_details
 from router.api.formats.read_choice import ReadChoice
 from router.client_answer import ClientAnswer, TextPiece
 from router.parsing.dialects import Dialect
@@ -117,12 +118,16 @@ class MessagesFormatter:
         return ("stop_sequence", said) if isinstance(said, str) else ("end_turn", None)
 
     def _usage(self) -> dict[str, int]:
-        answer = self._answer
-        return {
-            "input_tokens": answer.prompt_tokens - answer.cached_tokens,
-            "cache_read_input_tokens": answer.cached_tokens,
+        answer, details = self._answer, prompt_details(self._answer)
+        usage = {
+            "input_tokens": answer.prompt_tokens - details.cached_tokens,
+            "cache_read_input_tokens": details.cached_tokens,
             "output_tokens": answer.completion_tokens,
         }
+        for name, tokens in (("approximate", details.approximate_tokens), ("computed", details.computed_tokens)):
+            if tokens is not msgspec.UNSET:  # together they are `input_tokens`
+                usage[f"{name}_input_tokens"] = tokens
+        return usage
 
     def _message(self, blocks: list[dict[str, object]], reason: str | None, sequence: str | None) -> object:
         return {

@@ -44,14 +44,18 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
+def prompt_details(answer: ClientAnswer) -> PromptTokensDetails:
+    """Final once the answer's pieces have ended."""
+    cached, approximate = answer.cached_tokens, answer.approximate_tokens
+    if approximate is None:
+        return PromptTokensDetails(cached)
+    return PromptTokensDetails(cached, approximate, max(0, answer.prompt_tokens - cached - approximate))
+
+
 def usage_of(answer: ClientAnswer) -> Usage:
     """Final once the answer's pieces have ended."""
     prompt, completion = answer.prompt_tokens, answer.completion_tokens
-    details, approximate = PromptTokensDetails(answer.cached_tokens), answer.approximate_tokens
-    if approximate is not None:
-        computed = max(0, prompt - details.cached_tokens - approximate)
-        details = PromptTokensDetails(details.cached_tokens, approximate, computed)
-    return Usage(prompt, completion, prompt + completion, details)
+    return Usage(prompt, completion, prompt + completion, prompt_details(answer))
 
 
 def sse(body: object) -> bytes:

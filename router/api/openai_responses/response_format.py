@@ -10,7 +10,7 @@ import msgspec
 
 from kvcore.errors import KVFerryError
 from router.api.formats.chat_format import token_entries
-from router.api.formats.formatter import OpenAIFormatter
+from router.api.formats.formatter import OpenAIFormatter, prompt_details
 from router.api.formats.read_choice import ReadChoice
 from router.api.openai_responses.items import InputItem
 from router.api.openai_responses.output import OutputEvent, OutputItems
@@ -159,7 +159,7 @@ class ResponsesFormatter(OpenAIFormatter[msgspec.Raw]):
         answer = self._answer
         return {
             "input_tokens": answer.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": answer.cached_tokens, "cache_write_tokens": 0},
+            "input_tokens_details": {**msgspec.to_builtins(prompt_details(answer)), "cache_write_tokens": 0},
             "output_tokens": answer.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens},
             "total_tokens": answer.prompt_tokens + answer.completion_tokens,

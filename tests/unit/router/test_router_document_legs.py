@@ -1,6 +1,7 @@
 """Requests that name documents, from a client's body to the legs: what nodes are told, and what the client is."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -90,6 +91,67 @@ async def test_the_client_is_told_what_is_approximate_and_why_nothing_is() -> No
     shown = rig.metrics.metrics.render().decode()
     assert f"kvferry_router_approximate_tokens_total {float(turned)}" in shown
     assert 'kvferry_router_document_prompts_total{named_by="field",use="reuse"} 1.0' in shown
+
+
+SEPARATED = {"role": "user", "content": "read: # # a text of some length # # another one # # what is it?"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [SEPARATED], "stream_options": {"include_usage": True}}),
+        ("/v1/responses", {"input": [SEPARATED]}),
+        ("/v1/messages", {"messages": [SEPARATED], "max_tokens": 4}),
+    ],
+)
+async def test_each_api_tells_what_is_exact_what_is_approximate_and_what_was_computed(
+    path: str, body: dict[str, Any], stream: bool
+) -> None:
+    rig = await rig_of(msgspec.structs.replace(ON, separator=" # # ".strip()))
+    if not stream:
+        body = {name: value for name, value in body.items() if name != "stream_options"}
+    transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://r") as http:
+        reply = await http.post(path, json={"model": "fake-model", "stream": stream, **body})
+    assert reply.status_code == 200 and reply.headers["x-kvferry-approximate"] == "true", reply.text
+    (generate,) = legs(rig)[1]
+    turned, size = sum(stop - start - 2 for start, stop in generate.documents.spans), len(generate.prompt_token_ids)
+    turned += 2 * sum(start == generate.documents.header for start, _ in generate.documents.spans)
+    assert turned > 0
+    usage = usage_in(reply, stream=stream)
+    said = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    if said is None:
+        assert usage["input_tokens"] == size == usage["approximate_input_tokens"] + usage["computed_input_tokens"]
+        assert (usage["approximate_input_tokens"], usage["cache_read_input_tokens"]) == (turned, 0)
+    else:
+        assert (said["cached_tokens"], said["approximate_tokens"], said["computed_tokens"]) == (
+            0,
+            turned,
+            size - turned,
+        )
+
+
+def usage_in(reply: httpx.Response, *, stream: bool) -> dict[str, Any]:
+    """The last one that the answer tells."""
+    if not stream:
+        return dict(reply.json()["usage"])
+    events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+    told = [event.get("usage") or event.get("response", {}).get("usage") for event in events]
+    return [usage for usage in told if usage][-1]
+
+
+@pytest.mark.parametrize("fields", [{}, {"documents": None}, {"documents": [{"title": "Ferries", "text": "a text"}]}])
+async def test_tokenize_makes_of_documents_what_the_other_routes_do(fields: dict[str, Any]) -> None:
+    chat = {name: value for name, value in (CHAT | fields).items() if name != "max_tokens"}
+    completion = {"model": "fake-model", "prompt": "what is it?", "documents": chat["documents"]}
+    for path, body in (("/v1/chat/completions", chat), ("/v1/completions", completion)):
+        rig = await rig_of()
+        transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://r") as http:
+            counted = await http.post("/tokenize", json=body)
+            assert (await http.post(path, json={**body, "max_tokens": 4})).status_code == 200
+        assert counted.json().get("tokens") == legs(rig)[1][0].prompt_token_ids, counted.text
 
 
 async def test_with_mode_off_the_prompt_is_the_same_and_no_node_is_told() -> None:
