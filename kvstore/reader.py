@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvcore.clock import Clock
-from kvcore.errors import SegmentUnknownError, TransferError
+from kvcore.errors import SegmentUnknownError, TransferError, TransferTimeoutError
 from kvcore.peer_log import PeerLog
 from kvcore.types import OwnerTag, ReplicaRef, Segment
 from kvstore.checksums import run_sized
@@ -173,11 +173,13 @@ class ChunkReader:
         errors = await self._transfer.read(ops, timeout_s)
         seconds = self._clock.now() - began
         arrived: list[tuple[_Wanted, _Attempt]] = []
+        late_bytes = 0
         for (chunk, attempt), error in zip(batch, errors, strict=True):
             self._routes.report(attempt.segment, error)
             if error is None:
                 arrived.append((chunk, attempt))
             else:
+                late_bytes += chunk.num_bytes * isinstance(error, TransferTimeoutError)
                 self._not_read(chunk, attempt, error, report)
         if arrived:
             num_bytes = sum(chunk.num_bytes for chunk, _ in arrived)
@@ -185,6 +187,8 @@ class ChunkReader:
             report.result.moved.append(moved)
             self._counters.add_moved(moved)
             await self._verify(arrived, report)
+        elif late_bytes:
+            report.result.moved.append(MovedBytes(way[0], Direction.GET, 0, seconds, way[1], late_bytes))
 
     async def _verify(self, arrived: Sequence[tuple[_Wanted, _Attempt]], report: ReadReport) -> None:
         checks = [(chunk.checking, chunk) for chunk, _ in arrived if chunk.checking is not None]

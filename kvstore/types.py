@@ -44,13 +44,15 @@ class Direction(StrEnum):
 @dataclass(frozen=True, slots=True)
 class MovedBytes:
     """Header and payload bytes that crossed one transport in one call, and the time that the call took. `machine`: by
-    its host id, out of whose memory they were read; empty: not said."""
+    its host id, out of whose memory they were read; empty: not said. `late_bytes`: that had not crossed when time was
+    up, where none had: they take longer than that."""
 
     transport: str
     direction: Direction
     num_bytes: int
     seconds: float
     machine: str = ""
+    late_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 from kvcore.clock import Clock
+from kvcore.errors import TransferTimeoutError
 from kvcore.types import OwnerTag, ReplicaRef, Segment
 from kvstore.checksums import run_sized
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, pack
@@ -45,13 +46,14 @@ class Outgoing:
 
 @dataclass(slots=True)
 class _Batch:
-    """What goes to one segment, until when, and how long its transfers took so far."""
+    """What goes to one segment, until when, and how long its transfers took so far. `late`: one was late."""
 
     segment: Segment
     write_by: float
     deadline: float
     chunks: list[Outgoing]
     seconds: float = 0.0
+    late: bool = False
 
 
 class ChunkWriter:
@@ -90,7 +92,7 @@ class ChunkWriter:
     ) -> list[MovedBytes]:
         """Write header and payload of each to its segment; sets `written`. Never raises TransferError.
 
-        Returns one entry a segment that got any. Segments do not wait for each other.
+        Returns one entry a segment that got any, or was late with all. Segments do not wait for each other.
         """
         deadline = min(self._clock.now() + timeout_s, write_by)
         batches: dict[str, _Batch] = {}
@@ -187,6 +189,7 @@ class ChunkWriter:
         batch.seconds += self._clock.now() - now
         for error in errors:
             self._routes.report(batch.segment, error)
+            batch.late |= isinstance(error, TransferTimeoutError)
         landed = [chunk for chunk, error in zip(chunks, errors, strict=True) if error is None]
         if len(landed) < len(chunks):
             self._counters.add(Count.WRITES_FAILED, len(chunks) - len(landed))
@@ -230,8 +233,12 @@ class ChunkWriter:
 
     def _moved(self, batch: _Batch) -> MovedBytes | None:
         num_bytes = sum(chunk.replica.length for chunk in batch.chunks if chunk.written)
-        if not num_bytes:
+        if not (num_bytes or batch.late):
             return None
-        moved = MovedBytes(self._routes.transport(batch.segment), Direction.PUT, num_bytes, batch.seconds)
+        transport = self._routes.transport(batch.segment)
+        if not num_bytes:
+            late_bytes = sum(chunk.replica.length for chunk in batch.chunks)
+            return MovedBytes(transport, Direction.PUT, 0, batch.seconds, late_bytes=late_bytes)
+        moved = MovedBytes(transport, Direction.PUT, num_bytes, batch.seconds)
         self._counters.add_moved(moved)
         return moved

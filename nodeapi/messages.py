@@ -67,6 +67,8 @@ class Moved(_TolerantMessage, frozen=True, kw_only=True):
     seconds: float
     machine: str = ""
     """Out of whose memory they were read, by its host id. Empty: not said."""
+    late_bytes: int = 0
+    """That had not crossed when their time was up, and were given up; that time is part of `seconds`."""
 
 
 class Promoted(_TolerantMessage, frozen=True, kw_only=True):

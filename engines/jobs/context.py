@@ -50,12 +50,12 @@ class JobContext:
 
 def as_moved(moves: Sequence[MovedBytes]) -> list[Moved]:
     """One entry for each transport, direction and machine."""
-    sums: dict[tuple[str, str, str], tuple[int, float]] = {}
+    sums: dict[tuple[str, str, str], tuple[int, float, int]] = {}
     for move in moves:
         way = move.transport, str(move.direction), move.machine
-        size, seconds = sums.get(way, (0, 0.0))
-        sums[way] = (size + move.num_bytes, seconds + move.seconds)
+        size, seconds, late = sums.get(way, (0, 0.0, 0))
+        sums[way] = (size + move.num_bytes, seconds + move.seconds, late + move.late_bytes)
     return [
-        Moved(transport=transport, direction=direction, num_bytes=size, seconds=seconds, machine=machine)
-        for (transport, direction, machine), (size, seconds) in sums.items()
+        Moved(transport=transport, direction=way, num_bytes=size, seconds=seconds, machine=machine, late_bytes=late)
+        for (transport, way, machine), (size, seconds, late) in sums.items()
     ]

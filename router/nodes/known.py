@@ -8,6 +8,7 @@ from router.nodes.health import Breaker
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.pace import NodePace
 from router.nodes.trust import NodeTrust, TrustState
+from router.routing.limits import RateLimits
 from router.routing.rates import NodeRates
 from router.routing.views import NodeView, TierRates, ToldWork
 
@@ -81,6 +82,16 @@ class KnownNode:
     def machine(self) -> str:
         """Where its (first) segment lies; empty: not known."""
         return self.report.segments[0].host_id if self.report and self.report.segments else ""
+
+    def was_late_for(self, reader: "KnownNode", tokens: int, seconds: float, before_s: float, now: float) -> None:
+        """So many tokens that this node was to compute in `before_s` and to hand over were given up after `seconds`:
+        the link between the two is too slow, if it had much more time than that."""
+        engine, limits = reader.report.engine if reader.report else None, RateLimits()
+        if engine is None or not reader.machine or reader.machine == self.machine:
+            return
+        num_bytes = tokens // engine.kv_spec.chunk_tokens * engine.kv_spec.chunk_bytes
+        self.rates.gave_up(num_bytes, seconds - limits.late * before_s, reader.machine, now)
+        self.touch()
 
     @property
     def is_stranger(self) -> bool:

@@ -17,7 +17,7 @@ from nodeapi.documents import Documents
 from nodeapi.messages import EngineInfo, GenerateRequest, Handoff, LegInfo, PrefillResult, TokenDelta
 from router.documents.legs import LegDocuments
 from router.documents.named import why_refused
-from router.nodes.cluster import NodeWork
+from router.nodes.cluster import KnownNode, NodeWork
 from router.nodes.stall_watch import WatchedLeg
 from router.nodes.vllm_requests import mooncake_decode_params
 from router.requests.events import (
@@ -78,8 +78,9 @@ class RequestLegs:
         started_at: float,
         route: Route,
         worth_waiting_s: float | None = None,
+        before_handoff_s: float | None = None,
     ) -> None:
-        """`worth_waiting_s`: how long a decoder should wait for a prefiller before it computes; None: not known."""
+        """`worth_waiting_s`, `before_handoff_s`: see Decision. None: not known."""
         self._services = services
         self.spec = spec
         self._listener = listener
@@ -92,6 +93,7 @@ class RequestLegs:
         self.has_told = False
         """... as far as one has told."""
         self._worth_waiting_s = math.inf if worth_waiting_s is None else worth_waiting_s
+        self._before_handoff = route.prefiller, before_handoff_s
         self._prefill_tokens = len(spec.prompt_token_ids) - route.expected_cached_tokens
         """What a prefill leg is expected to compute: it counts as load of its node."""
         self._promoted_tokens = route.expected_promoted_tokens
@@ -194,6 +196,9 @@ class RequestLegs:
             ok = True
         except KVFerryError as error:
             failure = error
+        except asyncio.CancelledError:
+            self._not_handed_over(leg, decoder)
+            raise
         finally:
             services.cluster.leg_ended(self._work[action.leg], ok=ok, error=failure)
         if failure is not None:
@@ -203,14 +208,20 @@ class RequestLegs:
         if (watched := self._watched.get(leg.id)) is not None:
             watched.first(result.computed_tokens)
             watched.ended_well()
-        leg.cached_tokens, leg.computed_tokens = result.cached_tokens, result.computed_tokens
-        leg.moved, leg.promoted, leg.timings = result.moved, result.promoted, result.timings
-        leg.tier_choices = result.tier_choices
+        leg.told(result)
         leg.note = "no_room" if result.no_room else None
         self._prefilled(action.node, result)
         if (node := services.cluster.nodes.get(action.node)) is not None and decoder is not None:
             node.rates.wrote(result.moved, decoder.machine, services.clock.now())
         self._listener.tell(PrefillDone(action.leg, result))
+
+    def _not_handed_over(self, leg: LegRecord, decoder: KnownNode | None) -> None:
+        """This prefill leg was ended with its request, by no failure; decoders may have computed meanwhile."""
+        (first, before_s), watched = self._before_handoff, self._watched.get(leg.id)
+        if watched and decoder and leg.error is None and before_s is not None and first == leg.node:
+            computed = max((one.computed_tokens or 0 for one in self._records if one.kind == "decode"), default=0)
+            now, missed = self._services.clock.now(), min(computed, self._prefill_tokens)
+            watched.node.was_late_for(decoder, missed, now - watched.started_at, before_s, now)
 
     async def _decode(self, action: StartDecode, leg: LegRecord, told: Documents | None) -> None:
         """From its start to the last delta, or to DecodeFailed. Cancelled: nothing is told."""
@@ -266,7 +277,7 @@ class RequestLegs:
         patience_s = 2 * services.config.prefill_timeout_s  # if the request's deadline is sooner, it cancels this leg
 
         def note(info: LegInfo) -> None:
-            _note(leg, info)
+            leg.told(info)
             self.has_told = True
             self.approximate_tokens = max(self.approximate_tokens, info.approximate_tokens)
             self._prefilled(action.node, info)
@@ -336,10 +347,3 @@ class RequestLegs:
     def _remaining_s(self) -> float:
         spent_s = self._services.clock.now() - self._started_at
         return max(0.001, self._services.config.request_timeout_s - spent_s)
-
-
-def _note(leg: LegRecord, info: LegInfo) -> None:
-    leg.cached_tokens, leg.computed_tokens = info.cached_tokens, info.computed_tokens
-    leg.moved, leg.promoted, leg.timings = info.moved, info.promoted, info.timings
-    leg.tier_choices = info.tier_choices
-    leg.approximate_tokens, leg.prepared_tokens = info.approximate_tokens or None, info.prepared_tokens or None

@@ -8,7 +8,7 @@ import msgspec
 
 from kvcore.clock import Clock
 from kvcore.telemetry import log_fields
-from nodeapi.messages import Moved, Promoted, TierChoice, Timings
+from nodeapi.messages import LegInfo, Moved, PrefillResult, Promoted, TierChoice, Timings
 from router.documents.named import NamedDocuments
 from router.requests.hints import HintRecord
 from router.requests.spec import RequestSpec
@@ -41,6 +41,15 @@ class LegRecord(msgspec.Struct, kw_only=True):
     error: str | None = None
     note: str | None = None
     in_need: bool = False
+
+    def told(self, done: PrefillResult | LegInfo) -> None:
+        """What its node says of it."""
+        self.cached_tokens, self.computed_tokens = done.cached_tokens, done.computed_tokens
+        self.moved, self.promoted, self.timings = done.moved, done.promoted, done.timings
+        self.tier_choices = done.tier_choices
+        if isinstance(done, LegInfo):
+            self.approximate_tokens = done.approximate_tokens or None
+            self.prepared_tokens = done.prepared_tokens or None
 
 
 class RouteRecord(msgspec.Struct, kw_only=True):

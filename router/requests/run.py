@@ -89,6 +89,7 @@ class RequestRun:
             started_at=self.started_at,
             route=route,
             worth_waiting_s=decision.worth_waiting_s,
+            before_handoff_s=decision.before_handoff_s,
         )
         self.rows, self.scores, self.flow, self.sequences = spec.rows, spec.scores, spec.flow, spec.sampling.n
         sampling = spec.sampling

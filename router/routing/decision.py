@@ -128,6 +128,12 @@ class Decision(msgspec.Struct, frozen=True):
         """See the function of this name. None also where nothing is weighed."""
         return worth_waiting_s(self.ways, tries=self.way.tries) if self.way.weighed else None
 
+    @property
+    def before_handoff_s(self) -> float | None:
+        """What the prefiller should take until nothing is left but to hand over; None: not known, or there is none."""
+        way = next((way for way in self.ways if self.route is not None and way.node == self.route.prefiller), None)
+        return None if way is None else max(way.queue_s, way.promote_s) + way.load_s + way.compute_s
+
     def candidates(self, limit: int = MAX_EXPLAINED) -> list[Candidate]:
         """Decoders, then prefillers if one was wanted; at most `limit` of each, best first."""
         return [candidate for ranking in self._rankings() for candidate in ranking.candidates(limit)]

@@ -14,6 +14,8 @@ class RateLimits:
     most: float = 8.0
     """A measurement may be so many times slower than what was expected; more is taken for an accident, unless it
     stays."""
+    late: float = 2.0
+    """What was given up counts if it took so many times what was expected: else it was merely behind others."""
     least_wait_s: float = 1.0
     """A decoder waits at least so long for a prefiller's KV before it computes, …"""
     patience: float = 2.0

@@ -61,6 +61,19 @@ class Rate:
         self.seconds = self.seconds * keep + seconds
         self._at, self.doubt = now, Doubt(now)
 
+    def outlasted(self, amount: float, seconds: float, now: float) -> None:
+        """So much was given up after so long. What is too slow ever to be measured would be believed to be fast, or to
+        cost nothing, for ever."""
+        if seconds > 0 and self.limits.late * amount * self.seconds <= self.amount * seconds:
+            self.add(amount, seconds, now)
+
+    def told(self, move: Moved, now: float) -> None:
+        """Bytes that crossed, or that were too late."""
+        if move.num_bytes:
+            self.add(move.num_bytes, move.seconds, now)
+        else:
+            self.outlasted(move.late_bytes, move.seconds, now)
+
     def _kept(self, amount: float, seconds: float, age_s: float) -> float:
         """What all before counts for. What is old and was slower has no more seconds than this one: or else a node that
         was slow for long would be taken for slow long after."""
@@ -130,9 +143,9 @@ class NodeRates:
         """What one leg read and wrote. `near`: transports that do not leave the machine."""
         for move in moves:
             if move.direction == "get" and move.seconds > 0:
-                (self.near if move.transport in near else self.far).add(move.num_bytes, move.seconds, now)
+                (self.near if move.transport in near else self.far).told(move, now)
                 if move.machine and move.transport not in near:
-                    _of_machine(self.reads, move.machine).add(move.num_bytes, move.seconds, now)
+                    _of_machine(self.reads, move.machine).told(move, now)
                 self.changes += 1
 
     def decoded(self, tokens: int, sequences: int, seconds: float, now: float) -> None:
@@ -148,8 +161,14 @@ class NodeRates:
         found = [move for move in moves if move.direction == "put" and move.seconds > 0]
         if not machine or len(found) != 1:
             return
-        _of_machine(self.puts, machine).add(found[0].num_bytes, found[0].seconds, now)
+        _of_machine(self.puts, machine).told(found[0], now)
         self.changes += 1
+
+    def gave_up(self, num_bytes: int, seconds: float, machine: str, now: float) -> None:
+        """What one leg was to write for a node of this machine was not there after so long, and the leg was ended."""
+        if num_bytes > 0:
+            _of_machine(self.puts, machine).outlasted(num_bytes, seconds, now)
+            self.changes += 1
 
     def rate(self, kind: RateKind, machine: str = "") -> Rate | None:
         """That of this kind, as views have it. `machine`: of `put`."""

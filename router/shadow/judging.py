@@ -47,7 +47,7 @@ def sources(legs: Sequence[LegRecord], node: str, machines: Mapping[str, str]) -
     for leg in legs:
         for one in leg.promoted:
             found[f"tier {one.tier} of {one.node or leg.node}"] = None
-        for move in leg.moved:
+        for move in (one for one in leg.moved if one.num_bytes):
             there = machines.get(move.machine) or "a machine that is not known"
             if move.direction == "get" and leg.node == node:
                 found[f"read over {move.transport} out of the memory of {there}"] = None

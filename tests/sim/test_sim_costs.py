@@ -159,3 +159,42 @@ def test_where_load_does_not_ask_for_it_nobody_else_reads_a_beginning():
         assert [node.id for node in load.nodes.nodes if node.role is Role.DECODER and node.legs] == ["d0"]
 
     run_sim(main)
+
+
+async def begun_apart(write_rate: float) -> Load:
+    """As `begun`, on two machines: the prefiller hands over at this rate."""
+    load = Load(Machine(prefillers=1, decoders=1, apart=True), router={"first_token_s": None})
+    await load.prober.probe()
+    await load.warm_up()
+    load.cluster.nodes["d0"].rates.prefilled(1000, 1.0, 0.0)
+    load.nodes.nodes[0].write_rate = write_rate
+    return load
+
+
+def test_a_link_by_which_no_prefiller_is_ever_done_in_time_is_found_out_and_found_mended():
+    """Its legs are ended with their requests, before they could say how long they wrote."""
+
+    async def main() -> None:
+        load = await begun_apart(SLOW / 25)
+        found = await asked(load, 100.0)
+        assert load.cluster.nodes["p0"].rates.puts["d0"].per_s < TOKENS * 64 / 2, "no faster than all in the time given"
+        assert not any(move for _, record in found for leg in record.legs for move in leg.moved), "nobody has told"
+        assert reasons(found)[:1] == ["no_prefix"] and set(reasons(found)[1:]) == {STAYS, TRIES}
+        load.nodes.nodes[0].write_rate = FAST
+        loop = asyncio.get_running_loop()
+        await asked(load, loop.time() + 20.0)
+        assert set(reasons(await asked(load, loop.time() + 20.0))) == {"no_prefix"}
+
+    run_sim(main)
+
+
+def test_a_client_that_leaves_says_nothing_of_a_link():
+    async def main() -> None:
+        load = await begun_apart(FAST)
+        for _ in range(5):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    await load.ask(Flow(0), TOKENS)
+        assert not load.cluster.nodes["p0"].rates.puts
+
+    run_sim(main)

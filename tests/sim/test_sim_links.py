@@ -20,17 +20,17 @@ LOAD_S = CHUNKS * 256 * 131_072 / FAST
 """Of a prompt's KV over a link that is as it should be."""
 
 
-def machine() -> CachingMachine:
-    return CachingMachine(2, 4, links={SLOW: SLOWLY, ("d2", "d0"): FAST, ("d3", "d0"): FAST})
+def machine(slowly: float = SLOWLY) -> CachingMachine:
+    return CachingMachine(2, 4, links={SLOW: slowly, ("d2", "d0"): FAST, ("d3", "d0"): FAST})
 
 
 def prompt_of(number: int) -> list[int]:
     return [number + 1] * (CHUNKS * 256) + [7] * 20
 
 
-async def begun(prompts: int) -> TraceLoad:
+async def begun(prompts: int, slowly: float = SLOWLY) -> TraceLoad:
     """They lie in the memory of d0, which gets no request any more."""
-    load = TraceLoad(machine(), router={"first_token_s": None})
+    load = TraceLoad(machine(slowly), router={"first_token_s": None})
     await load.prober.probe()
     use(load, "d0")
     for number in range(prompts):
@@ -68,6 +68,20 @@ def test_a_node_whose_link_to_the_holder_is_slow_is_passed_over_once_that_has_sh
         for record in found:
             assert record.route is not None and record.route.ways
             assert abs(record.route.ways[0].load_s - LOAD_S) < 0.2 * LOAD_S, "as of the link that is read over"
+
+    run_sim(main)
+
+
+def test_a_link_over_which_nothing_comes_in_time_is_passed_over_too():
+    """A chunk takes 10 s by it, and 5 are given: no read ever ends that could say how long it took."""
+
+    async def main() -> None:
+        load = await begun(40, 256 * 131_072 / 10.0)
+        found = await asked(load, range(30))
+        gave_up = [record for record in found if any(move.late_bytes for leg in record.legs for move in leg.moved)]
+        assert 1 <= len(gave_up) <= 2 and decoders(gave_up).keys() == {"d1"}
+        rate = load.cluster.nodes["d1"].rates.reads["d0"].per_s
+        assert 0 < rate < 1.01 * LOAD_S * FAST / 5.0, "so it is at most"
 
     run_sim(main)
 

@@ -64,6 +64,8 @@ class CachingMachine(Machine):
     plain: bool = False
     links: dict[tuple[str, str], float] = field(default_factory=dict)
     """Bytes a second from another node, by reader and holder, where that is not `far_rate`: each is a machine then."""
+    read_s: float = 5.0
+    """What has not come then is given up."""
 
 
 class Lru(OrderedDict[ChunkKey, int]):
@@ -284,6 +286,8 @@ class CachingNode(QueueNode):
         holders = Counter(store.where[key] for key in wanted)
         store.used(wanted)
         moved = await self._moved(holders.pop(self.id, 0), holders)
+        if any(move.late_bytes for move in moved):
+            return own, moved
         self._cached.use(keys[:there])
         return there, moved
 
@@ -295,15 +299,17 @@ class CachingNode(QueueNode):
         for chunks, rate, transport, machine in moves:
             if chunks:
                 async with self._link:
-                    began = loop.time()
-                    await asyncio.sleep(chunks * self._chunk_bytes / rate)
+                    began, size = loop.time(), chunks * self._chunk_bytes
+                    late = size / rate > of.read_s
+                    await asyncio.sleep(min(of.read_s, size / rate))
                 found.append(
                     Moved(
                         transport=transport,
                         direction="get",
-                        num_bytes=chunks * self._chunk_bytes,
+                        num_bytes=0 if late else size,
                         seconds=loop.time() - began,
                         machine=machine if of.links else "",
+                        late_bytes=size if late else 0,
                     )
                 )
         return found

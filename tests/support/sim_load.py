@@ -65,11 +65,14 @@ class Machine:
     """Tokens with which all prompts begin: they are cached, at the first decoder."""
     read_s: float = 0.0
     """In which another one reads them, once."""
+    apart: bool = False
+    """Each node is a machine of its own."""
 
 
 class QueueNode:
     """One node. `computing`: held while a prompt is computed; `places`: one for each sequence that is decoded;
-    `read_rate`: bytes a second of KV that it is handed over; None: it takes no time."""
+    `read_rate`: bytes a second of KV that it is handed over; `write_rate`: so that it hands over. None: it takes no
+    time."""
 
     def __init__(self, name: str, role: Role, machine: Machine, computed: dict[str, asyncio.Event]) -> None:
         self.id, self.role, self._machine, self._computed = name, role, machine, computed
@@ -78,6 +81,7 @@ class QueueNode:
         self.legs = 0
         self.hangs = False
         self.read_rate: float | None = None
+        self.write_rate: float | None = None
         self.has_shared = name == "d0"
 
     async def _compute(self, tokens: int | Callable[[], int]) -> Timings:
@@ -96,10 +100,21 @@ class QueueNode:
         timings = await self._compute(tokens)
         if self.hangs:
             await asyncio.get_running_loop().create_future()
+        moved = list[Moved]()
+        if self.write_rate is not None:
+            num_bytes = tokens // CHUNK_TOKENS * spec().chunk_bytes
+            seconds = num_bytes / self.write_rate
+            await asyncio.sleep(seconds)
+            moved.append(Moved(transport="tcp", direction="put", num_bytes=num_bytes, seconds=seconds))
         self._done(request.request_id).set()
         await asyncio.sleep(self._machine.net_s)
         return PrefillResult(
-            request_id=request.request_id, cached_tokens=0, computed_tokens=tokens, stored_chunks=99, timings=timings
+            request_id=request.request_id,
+            cached_tokens=0,
+            computed_tokens=tokens,
+            stored_chunks=99,
+            moved=moved,
+            timings=timings,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta]:
@@ -147,6 +162,7 @@ class QueueNode:
         return tokens
 
     def report(self) -> NodeReport:
+        host = self.id if self._machine.apart else "h"
         return NodeReport(
             node=NodeInfo(id=self.id, role=self.role, control_url="http://there", incarnation=1),
             engine=EngineInfo(
@@ -160,7 +176,7 @@ class QueueNode:
                 max_sequences=self._machine.places,
             ),
             stats=EngineStats(),
-            segments=[Segment(id=f"{self.id}.1", node_id=self.id, size_bytes=1, host_id="h", addresses={})],
+            segments=[Segment(id=f"{self.id}.1", node_id=self.id, size_bytes=1, host_id=host, addresses={})],
         )
 
     def _done(self, leg: str) -> asyncio.Event:

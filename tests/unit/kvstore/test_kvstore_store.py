@@ -136,6 +136,33 @@ async def test_a_silent_peer_is_unreachable_but_not_told_on_and_left_alone_for_a
     assert store.counters()["replica_unreachable"] == before + 3
 
 
+@pytest.mark.parametrize("error, late", [(TransferTimeoutError("late"), True), (PeerUnreachableError("no"), False)])
+@pytest.mark.parametrize("direction", ["read", "write"])
+async def test_what_was_late_as_a_whole_is_told_with_the_time_that_it_had(world, direction, error, late):
+    """Else nobody learns of a way that is too slow for anything to come by it."""
+
+    async def fail(of, op):
+        return InprocFault(error) if of == direction else None
+
+    world.use(ManualClock())
+    world.add_node("a", host_id="there")
+    store, _ = world.store("a", InprocTransfer(world.memory, fail))
+    async with await store.begin_put(KEYS, prefer_segment="a.1", timeout_s=5) as session:
+        for number, key in enumerate(KEYS):
+            await session.write(key, 4, views(number), timeout_s=5)
+        await session.commit(timeout_s=5)
+        moved = list(session.moved)
+    if direction == "read":
+        match = await store.match(KEYS, timeout_s=5)
+        moved = (await store.get_into(match, 0, buffers(3), timeout_s=5)).moved
+        await store.release(match)
+    told = [one for one in as_moved(moved) if not one.num_bytes]
+    size = HEADER_BYTES + CHUNK_BYTES
+    wanted = (3 if direction == "read" else 1) * size  # after its first write the way is left alone for a moment
+    assert [one.late_bytes for one in told] == ([wanted] if late else [])
+    assert sum(one.num_bytes for one in store.moved()) == (3 * size if direction == "read" else 0)
+
+
 async def test_a_segment_that_no_transport_reaches_is_unreachable(world):
     world.add_node("a", kind="inproc")
     writer, _ = world.store("a", InprocTransfer(world.memory))

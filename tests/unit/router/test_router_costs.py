@@ -247,6 +247,26 @@ def test_a_rate_follows_the_latest_and_forgets_a_warm_up():
     assert rate.per_s == pytest.approx(500, rel=0.05)
 
 
+def test_what_was_given_up_counts_where_it_took_twice_as_long_as_was_expected_or_nothing_was():
+    rates = NodeRates()
+    late = Moved(transport="tcp", direction="get", num_bytes=0, late_bytes=1000, seconds=5.0, machine="there")
+    rates.moved([late], 0.0)
+    rates.wrote([replace_struct(late, direction="put")], "there", 0.0)
+    rates.gave_up(1000, 5.0, "elsewhere", 0.0)
+    assert rates.far.per_s == rates.reads["there"].per_s == rates.puts["there"].per_s == rates.puts["elsewhere"].per_s
+    assert rates.far.per_s == 200
+    for second in range(1, 4):
+        rates.moved([replace_struct(late, num_bytes=1000, late_bytes=0, seconds=1.0)], float(second))
+    assert rates.far.per_s == pytest.approx(1000)
+    rates.moved([replace_struct(late, seconds=1.9)], 4.0)
+    assert rates.far.per_s == pytest.approx(1000), "it was behind others"
+    rates.moved([replace_struct(late, seconds=2.1)], 5.0)
+    assert 700 < rates.far.per_s < 900
+    rates.moved([replace_struct(late, seconds=0.0)], 6.0)
+    rates.gave_up(1000, -1.0, "elsewhere", 6.0)
+    assert rates.puts["elsewhere"].per_s == 200, "it had no time"
+
+
 def test_prompts_that_are_computed_at_once_count_together():
     rates = NodeRates()
     for done in range(1, 20):
