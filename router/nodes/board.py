@@ -50,7 +50,9 @@ class NodeBoard:
         self._by_load: dict[Role, list[tuple[int, int, NodeView]]] = {role: [] for role in self._seen}
         """Load, place and view of each that is used, in order."""
         self._among: dict[Role, dict[str, int]] = {}
-        """Of each of these by its name the place among them; made anew when one comes or goes."""
+        """Of each of these by its name the place among them; made anew when one comes or goes, and so …"""
+        self._rows: dict[Role, list[NodeView]] = {}
+        """… are they in their order: a list is copied ten times as fast as a dict's values."""
         self._unordered: set[Role] = set()
         """Those of which a node came back to its place."""
         self._left_out: dict[int, LeftOut] = {}
@@ -78,10 +80,11 @@ class NodeBoard:
         return self._view
 
     def _views(self, role: Role) -> NodeViews:
-        views = self._seen[role].values()
         if role not in self._among:
-            self._among[role] = {view.id: number for number, view in enumerate(views)}
-        return NodeViews.made(views, self._kinds[role].keys(), tuple(self._by_load[role]), self._among[role])
+            self._rows[role] = rows = list(self._seen[role].values())
+            self._among[role] = {view.id: number for number, view in enumerate(rows)}
+        among, rows = self._among[role], self._rows[role]
+        return NodeViews.made(rows, self._kinds[role].keys(), tuple(self._by_load[role]), among)
 
     def engine_facts(self, now: float) -> tuple[int | None, int | None]:
         """(The longest context, the size of the vocabulary) among the decoders that fit and ever reported, or else
@@ -133,6 +136,8 @@ class NodeBoard:
             del by_load[bisect_left(by_load, (before.load, place))]
         if now is not None:
             insort(by_load, (now.load, place, now))
+        if now is not None and before is not None and role in self._among:
+            self._rows[role][self._among[role][now.id]] = now
         was, kind = (None if view is None else NodeKind.of(view) for view in (before, now))
         if was == kind:
             return
