@@ -18,12 +18,14 @@ from nodeapi.prompt_logprobs import PromptLogprobs
 from router.parsing.dialects import AnswerParser
 from router.parsing.forced import ForcedParser
 from router.parsing.one_call import SecondCall
+from router.parsing.reasoning_tokens import ReasoningTokens
 from router.requests.events import Emit
 from router.requests.run import RequestRun
 from router.requests.spec import AnswerReading, AnswerRequest
 from router.text.detokenizer import Detokenizer, StopChecker
 from router.text.repetition import RepetitionWatch
 from router.text.tokenizer import Tokenizer
+from router.text_choice import TextChoice
 
 _PROMPT_END_TOKENS = 32
 """Of the prompt, in which the template may have opened the reasoning."""
@@ -98,47 +100,6 @@ class PieceSink(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _TextChoice:
-    """One completion as it is read. `num_tokens` of it have been."""
-
-    detokenizer: Detokenizer
-    stops: StopChecker
-    min_tokens: int
-    stop_token_ids: Sequence[int]
-    repetition: RepetitionWatch | None = None
-    calls: SecondCall | None = None
-    """Where one call is all that there may be."""
-    num_tokens: int = 0
-    over: str = ""
-    """Why it ends with the last token that was read; empty: it does not, or for another reason."""
-
-    def read(self, token_ids: Sequence[int]) -> tuple[str, bool]:
-        """(the text that these tokens complete, whether a stop string was found). Tokens after the one that completes
-        the stop string, or with which the answer repeats itself, are not read, so that what counts does not depend on
-        how many came at once; nor are those with which a call begins that may not be made."""
-        if not self.stops.stops and self.repetition is None and self.calls is None:
-            self.num_tokens += len(token_ids)
-            return self.detokenizer.feed(token_ids), False
-        pieces: list[str] = []
-        stop_found = False
-        for token_id in token_ids:
-            self.num_tokens += 1
-            text, stop_found = self.stops.feed(self.detokenizer.feed([token_id]), may_stop=self._may_stop)
-            pieces.append(text)
-            if self.repetition is not None and self.repetition.feed(token_id):
-                self.over = "repetition"
-            elif self.calls is not None and self.calls.feed(text):
-                self.over = FinishReason.STOP.value
-            if stop_found or self.over:
-                break
-        return "".join(pieces), stop_found
-
-    @property
-    def _may_stop(self) -> bool:
-        return self.num_tokens > self.min_tokens
-
-
 class ClientAnswer:
     """The choices of one client's request under way: one run a prompt. Iterate `pieces` once, to its end or not; call
     `close` where that may not come to pass."""
@@ -162,6 +123,7 @@ class ClientAnswer:
         self.prompt_tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)
         self.completion_tokens = 0
         """Over all choices: of the pieces given out so far, those that end a choice unseen included."""
+        self._reasoning: list[ReasoningTokens] = []
 
     def __repr__(self) -> str:
         return (
@@ -175,8 +137,11 @@ class ClientAnswer:
 
     def parser(self, index: int, reading: AnswerReading) -> AnswerParser | ForcedParser:
         """What tells choice `index` apart, from its first character on."""
+        return reading.parser(self._prompt_end(index))
+
+    def _prompt_end(self, index: int) -> str:
         end = self.prompt_token_ids(index)[-_PROMPT_END_TOKENS:]
-        return reading.parser(self._tokenizer.decode(end, skip_special_tokens=False))
+        return self._tokenizer.decode(end, skip_special_tokens=False)
 
     def choices_of(self, prompt: int) -> range:
         """The choices of the prompt at this place."""
@@ -195,6 +160,12 @@ class ClientAnswer:
     def cached_tokens(self) -> int:
         """Over all prompts; final once `pieces` has ended."""
         return sum(run.machine.cached_tokens for run in self._runs)
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """So of `completion_tokens`; final once `pieces` has ended. None: the model writes no reasoning, or it is not
+        told apart."""
+        return sum(each.count for each in self._reasoning) if self.reading and self.reading.thinks else None
 
     @property
     def approximate_tokens(self) -> int | None:
@@ -261,16 +232,18 @@ class ClientAnswer:
         run, spec, repetition, reading = self._runs[number], self._specs[number], self._repetition, self.reading
         first = self.choices_of(number)[0]
         choices = [
-            _TextChoice(
+            TextChoice(
                 Detokenizer(self._tokenizer, spec.prompt_token_ids, self._text),
                 StopChecker(self._stops, self._text.include_stop),
                 spec.sampling.min_tokens,
                 spec.sampling.stop_token_ids,
                 RepetitionWatch(repetition, spec.sampling.min_tokens) if repetition is not None else None,
                 SecondCall(self.parser(first, reading)) if reading is not None and reading.one_call else None,
+                reading.counting(self._prompt_end(first)) if reading is not None else None,
             )
             for _ in range(spec.sampling.n)
         ]
+        self._reasoning += [choice.reasoning for choice in choices if choice.reasoning is not None]
         bundles = [PieceBundle(interval) for _ in choices] if (interval := self.shown.stream_interval) > 1 else None
 
         def read(emit: Emit) -> TextPiece | None:
@@ -310,7 +283,7 @@ class ClientAnswer:
         name = self._names.of("grammar")
         return InvalidRequestError(f"{name}: {error.message}", param=name)
 
-    def _piece(self, first: int, choice: _TextChoice, emit: Emit) -> tuple[TextPiece, bool]:
+    def _piece(self, first: int, choice: TextChoice, emit: Emit) -> tuple[TextPiece, bool]:
         """(what this output adds to its choice, whether the router ends that: it has a stop string, repeats itself or
         calls too much). Where the engine has ended it with the same token, that is what is said."""
         before = choice.num_tokens
@@ -336,5 +309,7 @@ class ClientAnswer:
             text, logprobs = "", []
         if over and not stop_found:
             reason, said = over, "repetition_detected" if over == "repetition" else None  # as vLLM says it
+        if reason is not None and choice.reasoning is not None:
+            choice.reasoning.end()
         piece = TextPiece(first + emit.index, text, logprobs, reason, ids, said)
         return piece, stop_found or bool(over)

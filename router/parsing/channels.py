@@ -6,7 +6,7 @@ Source of Harmony: https://github.com/openai/harmony, docs/format.md.
 import html
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from router.parsing.arguments import ATTRIBUTE, Arguments, as_json
 from router.parsing.events import CallArguments, CallBegin, CallEnd, Content, Parse, Reasoning
@@ -41,7 +41,7 @@ def harmony(r: Reader, tools: Tools) -> Parse[None]:
     recipient, in the role or in the channel, is a call. Messages to others are none of the answer."""
     if r.prompt_end.rfind("<|message|>") > max(map(r.prompt_end.rfind, _ENDS)):  # it goes on with a message
         channel = r.prompt_end.rpartition("<|channel|>")[2].partition("<|")[0].strip()
-        yield from r.text_until(_ENDS, _MAKES.get(channel, Content))
+        yield from _message(r, _MAKES.get(channel, Content), _ENDS)
     while r.text or (yield from r.more()):
         role, marker = yield from r.take_until("<|channel|>", "<|message|>", "<|start|>", "<|end|>")
         if marker is None:
@@ -64,7 +64,11 @@ def harmony(r: Reader, tools: Tools) -> Parse[None]:
         elif recipient is not None and recipient[1] != "assistant":
             yield from r.text_until(_ENDS, None)
         else:
-            yield from r.text_until(_ENDS, _MAKES.get(channel))
+            yield from _message(r, _MAKES.get(channel), _ENDS)
+
+
+def _message(r: Reader, make: Make | None, ends: Sequence[str]) -> Parse[str | None]:
+    return (yield from (r.thought_until(ends) if make is Reasoning else r.text_until(ends, make)))
 
 
 def xtml(r: Reader, tools: Tools) -> Parse[None]:
@@ -72,8 +76,8 @@ def xtml(r: Reader, tools: Tools) -> Parse[None]:
     `<|open|>call tool="…" index="1"<|sep|><|open|>argument key="…" type="string"<|sep|>…<|close|>argument<|sep|>`. An
     answer begins in the thinking or, where the prompt has opened it, in the response."""
     ends = ("<|close|>", "<|open|>response<|sep|>", "<|open|>tools<|sep|>")
-    kind = Content if r.prompt_end.rstrip().endswith("<|open|>response<|sep|>") else Reasoning
-    while (marker := (yield from r.text_until(ends, kind))) is not None:
+    kind: Make = Content if r.prompt_end.rstrip().endswith("<|open|>response<|sep|>") else Reasoning
+    while (marker := (yield from _message(r, kind, ends))) is not None:
         if marker == "<|close|>":
             tag, _ = yield from r.take_until("<|sep|>")
             kind = Content

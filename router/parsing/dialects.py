@@ -1,6 +1,7 @@
 """The dialects by name, which of them a chat template speaks, and the parser of one answer."""
 
 import importlib
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -8,9 +9,9 @@ from kvcore.errors import ConfigError
 from router.parsing import channels, json_calls, tagged_calls
 from router.parsing.argument_forms import TaggedArguments, gemma_arguments, lines_without, numbered_json
 from router.parsing.call_forms import CallForm
-from router.parsing.events import Content, Event, Parse, Reasoning
+from router.parsing.events import Content, Event, Parse
 from router.parsing.json_calls import Tools
-from router.parsing.reader import Reader
+from router.parsing.reader import Reader, Thought
 
 _THINK = ("<think>", "</think>")
 _MISTRAL_THINKS = (("[THINK]", "[/THINK]"), _THINK)
@@ -237,9 +238,21 @@ class AnswerParser:
         self._continues = continues
         self._reader = Reader(prompt_end)
         self._parse = self._whole()
+        self.thought_over = False
+        """No reasoning can follow."""
 
     def __repr__(self) -> str:
         return f"<AnswerParser {self._reader}>"
+
+    @property
+    def position(self) -> int:
+        """How many characters have been told apart; of those behind it is not known yet what they are."""
+        return self._reader.position
+
+    @property
+    def thoughts(self) -> deque[Thought]:
+        """Where the reasoning stands."""
+        return self._reader.thoughts
 
     def feed(self, text: str) -> list[Event]:
         """What these characters add."""
@@ -270,14 +283,14 @@ class AnswerParser:
             if inside or (yield from r.starts_with(opened)):
                 if (yield from r.starts_with(opened)):
                     r.take(len(opened))
-                yield from r.skip_space()
                 ends = dialect.calls_end_thought if self._tools is not None else ()
-                found = yield from r.text_until((closed, *ends), Reasoning, trim=dialect.trims)
+                found = yield from r.thought_until((closed, *ends), trim=dialect.trims, skips=True)
                 if found is not None and found in ends:
                     r.put_back(found)
                 if dialect.trims:
                     yield from r.skip_space()
                 break
+        self.thought_over = not dialect.frames
         if self._tools is None and not dialect.frames:
             yield from _text(r, {})
         else:

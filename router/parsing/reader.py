@@ -2,15 +2,25 @@
 
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from router.parsing.events import Event, Parse
+from router.parsing.events import Event, Parse, Reasoning
 
 _SPACE = re.compile(r"\s*")
 _IN_STRING = re.compile(r'["\\]')
 _OUTSIDE = re.compile(r'["{}\[\]]')
 _SCALAR_END = re.compile(r"[,}\]\s]")
 Make = Callable[[str], Event]
+
+
+@dataclass(slots=True)
+class Thought:
+    """Which characters of a text are reasoning. `end` None: those that follow are, too."""
+
+    begin: int
+    end: int | None = None
 
 
 class Reader:
@@ -22,6 +32,9 @@ class Reader:
         self.prompt_end = prompt_end
         self.text = ""
         self.ended = False
+        self.position = 0
+        """Characters that were read."""
+        self.thoughts: deque[Thought] = deque()
         self._taken: list[str] | None = None
 
     def __repr__(self) -> str:
@@ -43,6 +56,7 @@ class Reader:
     def take(self, length: int) -> str:
         """The next `length` characters, which are there."""
         taken, self.text = self.text[:length], self.text[length:]
+        self.position += len(taken)
         if self._taken is not None:
             self._taken.append(taken)
         return taken
@@ -50,6 +64,7 @@ class Reader:
     def put_back(self, text: str) -> None:
         """What was read last comes again."""
         self.text = text + self.text
+        self.position -= len(text)
         if self._taken is not None:
             self._taken[-1] = self._taken[-1].removesuffix(text)
 
@@ -101,6 +116,17 @@ class Reader:
                 yield make(out)
             if not (yield from self.more()) and not self.text:
                 return None
+
+    def thought_until(self, markers: Sequence[str], *, trim: bool = False, skips: bool = False) -> Parse[str | None]:
+        """As `text_until`, of reasoning, which begins here. `skips`: white space before its text is left out."""
+        thought = Thought(self.position)
+        self.thoughts.append(thought)
+        if skips:
+            yield from self.skip_space()
+        found = yield from self.text_until(markers, Reasoning, trim=trim)
+        if found is not None:
+            thought.end = self.position - len(found)
+        return found
 
     def take_until(self, *markers: str) -> Parse[tuple[str, str | None]]:
         """(the text before the first of `markers`, which one it is). Both are read."""

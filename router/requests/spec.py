@@ -14,6 +14,7 @@ from router.documents.hits import KeptDocumentKeys
 from router.documents.named import NamedDocuments
 from router.parsing.dialects import AnswerParser, Dialect
 from router.parsing.forced import ForcedParser
+from router.parsing.reasoning_tokens import ReasoningTokens
 from router.requests.hints import CacheHint
 from router.routing.index import KeptKeys
 from router.text.repetition import Repetition
@@ -139,11 +140,23 @@ class AnswerReading:
     only: str = ""
     """The one function that had to be called; `in_json`: its arguments are all there is."""
 
+    @property
+    def thinks(self) -> bool:
+        """Whether models that write so reason."""
+        return bool(self.dialect.thinks) or self.dialect.frames
+
     def parser(self, prompt_end: str) -> AnswerParser | ForcedParser:
         """Of one answer, to a prompt that ends so."""
         if self.in_json:
             return ForcedParser(self.dialect, self.only, prompt_end, continues=self.continues)
         return AnswerParser(self.dialect, self.tools, prompt_end, continues=self.continues)
+
+    def counting(self, prompt_end: str) -> ReasoningTokens | None:
+        """Of one answer, to a prompt that ends so. None: there is no reasoning to count."""
+        if not self.thinks:
+            return None
+        tools = None if self.in_json else self.tools
+        return ReasoningTokens(AnswerParser(self.dialect, tools, prompt_end, continues=self.continues))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
         choices = range(self._answer.num_choices)
         begin = {"role": "assistant", "content": ""}
         events = [self._begin(index, begin, self._prompt_token_ids(index) | self._prompt_text()) for index in choices]
-        if echo := "".join(self._echoes):
-            events += [self._begin(index, {"content": echo}, {}) for index in choices]
+        echoes = [(index, echo) for index in choices if (echo := self._echo_of(index))]
+        events += [self._begin(index, {"content": echo}, {}) for index, echo in echoes]
         return events
 
     def _begin(self, index: int, delta: dict[str, str], more: dict[str, object]) -> bytes:
@@ -54,11 +54,12 @@ class ChatFormatter(OpenAIFormatter[msgspec.Raw]):
             }
             for index, choice in enumerate(self._gathered)
         ]
-        of_prompt = {**self._prompt_logprobs(0), **self._prompt_token_ids(0), **self._prompt_text()}
+        is_one = len(self._answer.prompts) == 1
+        of_prompt = {**self._prompt_logprobs(0), **self._prompt_token_ids(0), **self._prompt_text()} if is_one else {}
         return self._body("chat.completion", choices, of_prompt)
 
     def _message(self, index: int) -> dict[str, object]:
-        texts = [*self._echoes, *self._gathered[index].texts]
+        texts = [self._echo_of(index), *self._gathered[index].texts]
         return {"role": "assistant", "content": "".join(texts), "refusal": None}
 
     def _finish_reason(self, index: int) -> str | None:

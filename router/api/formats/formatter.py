@@ -35,6 +35,12 @@ class PromptTokensDetails(msgspec.Struct):
     computed_tokens: int | msgspec.UnsetType = msgspec.UNSET
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    """Of answers in which reasoning is told apart."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     """Of one answer, over all its choices."""
 
@@ -42,6 +48,7 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 def prompt_details(answer: ClientAnswer) -> PromptTokensDetails:
@@ -55,7 +62,9 @@ def prompt_details(answer: ClientAnswer) -> PromptTokensDetails:
 def usage_of(answer: ClientAnswer) -> Usage:
     """Final once the answer's pieces have ended."""
     prompt, completion = answer.prompt_tokens, answer.completion_tokens
-    return Usage(prompt, completion, prompt + completion, prompt_details(answer))
+    reasoning = answer.reasoning_tokens
+    thought = msgspec.UNSET if reasoning is None else CompletionTokensDetails(reasoning)
+    return Usage(prompt, completion, prompt + completion, prompt_details(answer), thought)
 
 
 def sse(body: object) -> bytes:
@@ -201,6 +210,9 @@ class OpenAIFormatter(Generic[Entry]):
             top = [(other, finite(value)) for other, (_, value) in zip(others, told, strict=True)]
             named.append(NamedLogprob(token, num_chars, finite(logprob.logprob), top))
         return named
+
+    def _echo_of(self, index: int) -> str:
+        return self._echoes[self._answer.prompt_of(index)] if self._echoes else ""
 
     def failure(self, error: KVFerryError) -> bytes:
         """See Formatter."""

@@ -69,7 +69,8 @@ class ParsedChatFormatter(ChatFormatter):
         calls, reasoning = choice.whole_calls, "".join(choice.texts[Reasoning])
         message: dict[str, object] = {
             "role": "assistant",
-            "content": "".join([*self._echoes, *choice.texts[Content]]) or (None if calls or self._thinks else ""),
+            "content": "".join([self._echo_of(index), *choice.texts[Content]])
+            or (None if calls or self._thinks else ""),
             "refusal": None,
         }
         if reasoning:

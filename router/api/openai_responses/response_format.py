@@ -47,7 +47,6 @@ class ResponsesFormatter(OpenAIFormatter[msgspec.Raw]):
         self._sent = 0
         self._cut = False
         """It has ended for its length."""
-        self._seen_tokens = self._reasoning_tokens = 0
         self._logprobs: list[msgspec.Raw] = []
         """Of tokens whose text has not been told apart yet."""
 
@@ -92,9 +91,6 @@ class ResponsesFormatter(OpenAIFormatter[msgspec.Raw]):
             self._logprobs = [] if "content" in delta else self._logprobs
         if deltas:  # those of reasoning and of calls are shown nowhere
             self._logprobs = []
-        # What counts as reasoning are the tokens from its first on to the first of what follows.
-        count, self._seen_tokens = self._answer.completion_tokens - self._seen_tokens, self._answer.completion_tokens
-        self._reasoning_tokens += count if self._output.kind == "reasoning" else 0
         return events
 
     def _told(self, event: OutputEvent) -> bytes:
@@ -161,6 +157,6 @@ class ResponsesFormatter(OpenAIFormatter[msgspec.Raw]):
             "input_tokens": answer.prompt_tokens,
             "input_tokens_details": {**msgspec.to_builtins(prompt_details(answer)), "cache_write_tokens": 0},
             "output_tokens": answer.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens},
+            "output_tokens_details": {"reasoning_tokens": answer.reasoning_tokens or 0},
             "total_tokens": answer.prompt_tokens + answer.completion_tokens,
         }

@@ -158,8 +158,7 @@ async def test_an_answer_is_items_of_reasoning_text_and_calls() -> None:
     usage = reply["usage"]
     assert usage["output_tokens"] == len(CALLS.encode()) + 1
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
-    # of the model's bytes those from its first thought to the first of what follows
-    assert usage["output_tokens_details"]["reasoning_tokens"] == len("One city.\n</think>\n\n")
+    assert usage["output_tokens_details"]["reasoning_tokens"] == len("\nOne city.\n")
 
 
 async def test_a_stream_tells_of_each_item_in_openais_order() -> None:
