@@ -30,6 +30,7 @@ from router.api.anthropic.message_format import MessagesFormatter
 from router.api.anthropic.messages import MessagesRequest, chat_of, their_name
 from router.api.asked import AnswerStart, Asked, asked_as
 from router.api.body import parse
+from router.api.fields.batch_fields import BatchBody, batch_of
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.formats.completion_format import CompletionFormatter
@@ -54,7 +55,7 @@ from router.text.model_habits import ModelHabits
 Endpoint = Callable[[Request], Awaitable[Response]]
 _log = logging.getLogger("router")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
-_Body = TypeVar("_Body", ChatRequest, CompletionRequest, MessagesRequest, ResponsesRequest, GenerateBody)
+_Body = TypeVar("_Body", ChatRequest, BatchBody, CompletionRequest, MessagesRequest, ResponsesRequest, GenerateBody)
 
 
 def make_app(
@@ -202,6 +203,8 @@ def _add_openai(
 
     paths = "/v1/chat/completions", "/v1/completions", "/v1/messages", "/inference/v1/generate"
     generates("chat", paths[0], ChatRequest, asked_as(chat_formatter, lambda body: body), id_prefix="chatcmpl-")
+    batch = asked_as(chat_formatter, batch_of)
+    generates("chat_batch", f"{paths[0]}/batch", BatchBody, batch, id_prefix="chatcmpl-")
     completion = asked_as(CompletionFormatter, lambda body: body)
     generates("completions", paths[1], CompletionRequest, completion, id_prefix="cmpl-")
     theirs = asked_as(MessagesFormatter, chat_of, their_name)

@@ -15,7 +15,7 @@ from router.answering import Answerer
 from router.api.body import beside_if_large
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
-from router.api.fields.openai_schema import answer_request, bad_words_of, grammar_asked_by, prompts_of
+from router.api.fields.openai_schema import answer_request, bad_words_of, flow_of, grammar_asked_by, prompts_of
 from router.api.fields.structured import AskedGrammar
 from router.api.formats.formatter import Formatter
 from router.api.limits import ApiLimits
@@ -95,7 +95,7 @@ class AnswerStart:
             answerer.check_model(body.model)
         form = asked.named(grammar_asked_by(body, self._habits.dialect))
         if form is not None:
-            await answerer.check_grammar(form.grammar, form.param)
+            await answerer.check_grammar(form.grammar, form.param, caller.tenant or flow_of(body, self._limits))
         given = await beside_if_large(asked.num_bytes, partial(prompts_of, body, self._limits))
         prompts = await answerer.read(given, caller.apart(body.cache_salt))
         shows_prompt = isinstance(body, ChatRequest) and body.return_prompt_text

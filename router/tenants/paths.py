@@ -10,7 +10,7 @@ POOLING = frozenset(
 COUNTED = POOLING | frozenset(
     {
         *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
-        *("/tokenize", "/detokenize", "/inference/v1/generate"),
+        *("/v1/chat/completions/batch", "/tokenize", "/detokenize", "/inference/v1/generate"),
     }
 )
 """What a tenant's rates and concurrency are of."""

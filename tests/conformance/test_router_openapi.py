@@ -12,6 +12,7 @@ from schemathesis.specs.openapi.checks import content_type_conformance, response
 from support.openapi_cases import operation_tests
 from support.router_fakes import make_rig
 
+from router.api.fields.batch_fields import BatchBody
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.fields.other_fields import HARMLESS
@@ -39,6 +40,7 @@ def test_the_document_is_valid_and_has_every_field_that_is_taken() -> None:
         schemathesis.openapi.from_dict({**document.raw_schema, "paths": []}).validate()
     bodies = {
         "/v1/chat/completions": ChatRequest,
+        "/v1/chat/completions/batch": BatchBody,
         "/v1/completions": CompletionRequest,
         "/inference/v1/generate": GenerateBody,
     }

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 PROMPT = list(range(3, 203))
 ASKING = {"/v1/nodes", "/v1/nodes/rebalance", "/v1/janitor", "/v1/cache/generations", "/v1/blend"}
 CLIENTS = {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"}
-CLIENTS |= {"/inference/v1/generate"}
+CLIENTS |= {"/inference/v1/generate", "/v1/chat/completions/batch"}
 CLIENTS |= POOLING
 CLIENTS |= {"/tokenize", "/detokenize", "/ping", "/v1/responses", "/v1/responses/{response_id}/cancel"}
 

@@ -13,12 +13,11 @@ from router.requests.spec import ChatPrompt
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-class ChatRequest(CommonFields, frozen=True, kw_only=True):
-    """Body of POST /v1/chat/completions."""
+class ChatFields(CommonFields, frozen=True, kw_only=True):
+    """All of a chat's but its messages."""
 
     fills_context: ClassVar[bool] = True
 
-    messages: list[ChatMessage]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = False
     chat_template_kwargs: dict[str, object] | None = None
@@ -32,6 +31,12 @@ class ChatRequest(CommonFields, frozen=True, kw_only=True):
     parallel_tool_calls: bool | None = True
     include_reasoning: bool | None = True
     return_prompt_text: bool | None = False
+
+
+class ChatRequest(ChatFields, frozen=True, kw_only=True):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
 
 
 def begins_message(request: ChatRequest) -> bool:

@@ -10,8 +10,9 @@ from itertools import zip_longest
 
 from kvcore.chunk_keys import ADAPTER_SALT
 from nodeapi.grammars.grammar import Grammar
-from router.api.fields.cache_hints import hints_of, session_of
-from router.api.fields.chat_fields import ChatRequest, chat_prompt
+from router.api.fields.batch_fields import chat_prompts, chats_of
+from router.api.fields.cache_hints import MarkedForCache, hints_of, session_of
+from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.chat_messages import marks_of
 from router.api.fields.checks import INT64, TokenLists, require
 from router.api.fields.common_fields import RepetitionDetection, StreamOptions
@@ -45,9 +46,10 @@ _NAMES = {"bad_words_token_ids": "bad_words", "extra_args": "vllm_xargs"}
 
 
 def prompts_of(request: AnyRequest, limits: ApiLimits) -> list[Prompt]:
-    """A chat's messages, or the prompts of a completion; what changes the answer and is not supported is refused."""
+    """The messages of each chat, or the prompts of a completion; what changes the answer and is not supported is
+    refused."""
     if isinstance(request, ChatRequest):
-        return [chat_prompt(request, limits)]
+        return chat_prompts(request, limits)
     return completion_prompts(request, limits)
 
 
@@ -74,12 +76,12 @@ def answer_request(
     `prompt_text`: that the client wants to see. `documents`: each prompt's; empty: none. Raises InvalidRequestError.
     """
     stops, salt, reading = _stops(request, limits), _cache_salt(request, limits), _reading(request, habits.dialect)
-    hints = hints_of(request, marks_of(request.messages) if isinstance(request, ChatRequest) else ())
+    hints = hints_of(request, _marks(request))
     allowed, bans, context = request.allowed_token_ids, bad_words or [], max_context or _ANY_CONTEXT
     longest, named = max_tokens_of(request, 0, DEFAULT_COMPLETION_TOKENS, None)
     room = context - longest
     lists = TokenLists(request.logit_bias, request.stop_token_ids, allowed, limits.max_biases, bans)
-    flow = (request.user or "")[: limits.max_user_chars]
+    flow = flow_of(request, limits)
     specs = [
         RequestSpec(
             request_id=request_id if number == 0 else f"{request_id}-{number}",
@@ -142,6 +144,16 @@ def _grammar(
     if form.whole or marks is None or not isinstance(request, ChatRequest):
         return form.grammar
     return marks.place(form.grammar, prompt, continues=bool(request.continue_final_message))
+
+
+def flow_of(request: AnyRequest, limits: ApiLimits) -> str:
+    """By what its turns are taken where no keys are configured."""
+    return (request.user or "")[: limits.max_user_chars]
+
+
+def _marks(request: AnyRequest) -> list[MarkedForCache]:
+    chats = chats_of(request) if isinstance(request, ChatRequest) else ()
+    return [mark for chat in chats for mark in marks_of(chat.messages)]
 
 
 def _asks_length(request: AnyRequest) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from nodeapi.sampling import SamplingParams
+from router.api.fields.batch_fields import ChatBatch, chats_of
 from router.api.fields.chat_fields import ChatRequest, begins_message
 from router.api.fields.chat_messages import message_of
 from router.api.fields.checks import require, token_ids
@@ -58,7 +59,7 @@ def scoring_of(request: AnyRequest) -> Scoring:
         texts = [item if isinstance(item, str) else None for item in ([prompt] if one else prompt)]
         echoes = [""] * len(texts) if silent else texts
     elif request.echo and isinstance(request, ChatRequest):
-        echoes = [_last_message(request)]
+        echoes = [_last_message(chat) for chat in chats_of(request)]
     return Scoring(
         echoes=None if echoes is None else tuple(echoes),
         echo_logprobs=request.logprobs if isinstance(request, CompletionRequest) and request.echo else None,
@@ -76,7 +77,7 @@ def _prompt_logprobs(request: AnyRequest, logprobs: int | None) -> int | None:
     """As vLLM's server reads them; but none are computed that it would not show."""
     if isinstance(request, ChatRequest):
         wanted = (request.top_logprobs or 0) if request.echo else None
-        shown = not request.stream
+        shown = not (request.stream or isinstance(request, ChatBatch))
     else:
         wanted = logprobs if request.echo and request.logprobs is not None else None
         shown = not request.stream or (bool(request.echo) and request.logprobs is not None)

@@ -49,6 +49,7 @@ def legs(fakes: FakeNodes) -> list[tuple[str, bytes]]:
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": PROMPT, "max_tokens": 3},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x" * 100}], "max_tokens": 3},
+    "/v1/chat/completions/batch": {"messages": [[{"role": "user", "content": "x" * 100}]], "max_tokens": 3},
     "/v1/responses": {"input": "x" * 100, "max_output_tokens": 3},
     "/v1/messages": {"messages": [{"role": "user", "content": "x" * 100}], "max_tokens": 3},
     "/inference/v1/generate": {"token_ids": PROMPT, "sampling_params": {"max_tokens": 3}},

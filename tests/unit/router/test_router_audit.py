@@ -13,7 +13,7 @@ QUESTIONS = {"/v1/cache/lookup"}
 """Calls by POST, as they have a body, that change nothing."""
 OF_CLIENTS = {
     *("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"),
-    "/inference/v1/generate",
+    *("/inference/v1/generate", "/v1/chat/completions/batch"),
     *POOLING,
     *("/tokenize", "/detokenize", "/ping", "/v1/responses", "/v1/responses/{response_id}/cancel"),
 }
