@@ -115,9 +115,10 @@ class Answerer:
         """What an answer calls the model for which a checked `model` was sent."""
         return name if name and name not in self.names else self.model
 
-    async def check_grammar(self, grammar: Grammar, param: str) -> None:
-        """Whether an answer can follow it. Raises InvalidRequestError, OverloadedError."""
-        await self._grammars.check(grammar, param)
+    async def check_grammar(self, grammar: Grammar, param: str, owner: str = "") -> None:
+        """Whether an answer can follow it. `owner`: who waits for his own. Raises InvalidRequestError,
+        OverloadedError."""
+        await self._grammars.check(grammar, param, owner)
 
     async def encode(self, prompts: Sequence[Prompt], whose: str = "") -> list[list[int]]:
         """As `read`, the tokens alone."""

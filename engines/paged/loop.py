@@ -187,7 +187,7 @@ class EngineLoop:
         """See `Engine.generate`."""
         leg = self._arrivals.decode_leg(request)
         if request.sampling.grammar is not None:
-            leg.first.matcher = await self._matcher(request.sampling.grammar)
+            leg.first.matcher = await self._matcher(request.sampling.grammar, request.cache_salt)
         if self._stop_rule.is_full(leg.first):
             for index in leg.first.indices:
                 yield TokenDelta(index=index, finish_reason=FinishReason.LENGTH)
@@ -266,10 +266,10 @@ class EngineLoop:
             self._legs.close(leg)
         return leg
 
-    async def _matcher(self, grammar: Grammar) -> GrammarMatcher:
+    async def _matcher(self, grammar: Grammar, salt: bytes) -> GrammarMatcher:
         if self._grammars is None:
             raise InvalidRequestError("this engine cannot constrain answers", param="structured_outputs")
-        return await self._grammars.matcher(grammar)
+        return await self._grammars.matcher(grammar, salt)  # by which a node tells tenants apart
 
     async def end_handoff(self, request_id: str) -> None:
         """See `Engine.end_handoff`."""

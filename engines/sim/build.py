@@ -48,9 +48,14 @@ def sim_adapters(adapters: Mapping[str, str]) -> list[ServedAdapter]:
 
 
 def sim_grammars(
-    config: SimEngineConfig, folder: Path | None = None, beside: Beside[LLMatcher] | None = None
+    config: SimEngineConfig,
+    folder: Path | None = None,
+    beside: Beside[LLMatcher] | None = None,
+    clock: Clock | None = None,
 ) -> Grammars:
-    """For a simulated engine, whose tokens are those of `folder`; None: bytes. `beside`: as Grammars has it."""
-    if folder is None:
-        return Grammars(partial(byte_vocabulary, config.vocab_size, EOS_TOKEN), [EOS_TOKEN], beside=beside)
-    return Grammars(partial(folder_vocabulary, folder, config.vocab_size, [EOS_TOKEN]), [EOS_TOKEN], beside=beside)
+    """For a simulated engine, whose tokens are those of `folder`; None: bytes. `beside`, `clock`: as Grammars has
+    them."""
+    read = partial(byte_vocabulary, config.vocab_size, EOS_TOKEN)
+    if folder is not None:
+        read = partial(folder_vocabulary, folder, config.vocab_size, [EOS_TOKEN])
+    return Grammars(read, [EOS_TOKEN], beside=beside, clock=clock)

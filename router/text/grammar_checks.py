@@ -18,14 +18,14 @@ class GrammarChecks:
     def __repr__(self) -> str:
         return f"<GrammarChecks {self._grammars or 'of texts'}>"
 
-    async def check(self, grammar: Grammar, param: str) -> None:
-        """Raises InvalidRequestError with the field's name and what is wrong, OverloadedError while too many others
-        are looked at."""
+    async def check(self, grammar: Grammar, param: str, owner: str = "") -> None:
+        """`owner`: whose it is, for the turns. Raises InvalidRequestError with the field's name and what is wrong,
+        OverloadedError while too many others are looked at."""
         try:
             if self._grammars is None:
                 check_text(grammar)
             else:
-                await self._grammars.matcher(grammar)
+                await self._grammars.matcher(grammar, owner)
         except InvalidRequestError as error:
             raise InvalidRequestError(f"{param}: {error.message}", param=param) from error
 

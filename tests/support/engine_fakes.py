@@ -15,6 +15,7 @@ from engines.paged.loop import EngineLoop
 from engines.paged.runner import StepOutput, StepSlice
 from engines.sim.build import build_sim_engine, sim_grammars
 from engines.sim.runner import SimRunner, sim_spec
+from kvcore.clock import ManualClock
 from kvcore.config.schema import SimEngineConfig
 from nodeapi.grammars.compiler import Grammars
 from nodeapi.messages import EngineStats, GenerateRequest, Handoff, PrefillRequest, TokenDelta
@@ -61,7 +62,7 @@ def inline_grammars(config: SimEngineConfig) -> Grammars:
     async def at_once(work: Callable[[], LLMatcher]) -> LLMatcher:
         return work()
 
-    return sim_grammars(config, beside=at_once)
+    return sim_grammars(config, beside=at_once, clock=ManualClock())
 
 
 async def deltas(engine: EngineLoop, wanted: GenerateRequest) -> list[TokenDelta]:

@@ -294,14 +294,15 @@ async def test_one_that_comes_as_the_last_client_of_its_grammar_leaves_is_not_en
         return work()
 
     own = Grammars(partial(byte_vocabulary, VOCAB, EOS), [EOS], beside=beside)
+    before = asyncio.create_task(own.matcher(Grammar(kind=GrammarKind.REGEX, text="b")))
     leaves = asyncio.create_task(own.matcher(Grammar(kind=GrammarKind.REGEX, text="a")))
     while not made:  # noqa: ASYNC110 - nothing tells of it
         await asyncio.sleep(0)
     leaves.cancel()
     comes = asyncio.create_task(own.matcher(Grammar(kind=GrammarKind.REGEX, text="a")))
     free.set()
-    assert follows(await comes, "a") and leaves.cancelled() and made == 2
-    assert repr(own) == "<Grammars 1 compiled, 0 being compiled>"
+    assert follows(await before, "b") and follows(await comes, "a") and leaves.cancelled() and made == 2
+    assert repr(own) == "<Grammars 2 compiled, 0 being compiled>"
 
 
 async def test_a_wrong_one_is_judged_anew_and_the_loop_is_free_meanwhile() -> None:

@@ -4,11 +4,15 @@ import json
 
 import httpx
 import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
 from support.router_fakes import VOCAB, Rig, make_rig, two_and_two
 
 from kvcore.errors import ContextLengthError, InvalidRequestError
 from nodeapi.grammars.compiler import Grammars
 from nodeapi.grammars.grammar import Grammar, GrammarKind
+from nodeapi.grammars.matcher import GrammarMatcher
+from router.requests.records import RequestLog
+from router.tenants.callers import Caller, set_caller
 from router.text.grammar_checks import GrammarChecks
 from router.text.reasoning_marks import ReasoningMarks
 from router.text.tokenizer import ByteTokenizer
@@ -211,3 +215,27 @@ def test_where_every_answer_reasons_the_grammar_waits_for_the_answers_mark() -> 
     framed = ReasoningMarks(closing=((8,), (9,)))
     assert framed.place(REGEX, [5], continues=False).after == ((8,), (9,))
     assert framed.place(REGEX, [5, 9], continues=False) == REGEX
+
+
+@pytest.mark.parametrize(("tenant", "wanted"), [("", "somebody"), ("t1", "t1")])
+async def test_forms_wait_in_turns_of_tenants_or_where_there_are_none_of_users(
+    monkeypatch: pytest.MonkeyPatch, tenant: str, wanted: str
+) -> None:
+    owners: list[object] = []
+    matcher = Grammars.matcher
+
+    async def seen(self: Grammars, grammar: Grammar, owner: object = "") -> GrammarMatcher:
+        owners.append(owner)
+        return await matcher(self, grammar, owner)
+
+    def guard(_: RequestLog, app: ASGIApp) -> ASGIApp:
+        async def called(scope: Scope, receive: Receive, send: Send) -> None:
+            set_caller(scope, Caller(tenant=tenant))
+            await app(scope, receive, send)
+
+        return called
+
+    monkeypatch.setattr(Grammars, "matcher", seen)
+    rig = await make_rig(guard=guard)
+    assert (await ask(rig, {"structured_outputs": {"regex": "a"}, "user": "somebody"})).status_code == 200
+    assert owners == [wanted]
