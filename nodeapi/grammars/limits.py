@@ -14,7 +14,8 @@ class GrammarLimits:
     max_members: int = 1_000
     """Of one object in either: the time to compile one of optional properties grows with the square of their number."""
     multiples: int = 10_000
-    """Least common multiple of a grammar's `multipleOf`: compiling takes 35 µs for each of so many remainders."""
+    """Least common multiple of all `multipleOf` of one value: compiling takes 35 µs for each of so many remainders.
+    Those of different values are looked at one after the other: ten times as many in all."""
     compile_s: float = 10.0
     """For one grammar, its wait for a thread included."""
     threads: int = 1

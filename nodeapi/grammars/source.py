@@ -10,8 +10,8 @@ from llguidance import LLMatcher, LLTokenizer
 
 from kvcore.errors import InvalidRequestError
 from nodeapi.grammars.grammar import Grammar, GrammarKind
-from nodeapi.grammars.hazards import check_multiples, multiples_in
 from nodeapi.grammars.limits import GrammarLimits
+from nodeapi.grammars.multiples import check_multiples
 from nodeapi.grammars.structural_tags import lark_source, tags_source
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def check_text(grammar: Grammar, limits: GrammarLimits = GrammarLimits()) -> Non
         depth += 1
         if depth > limits.max_nesting:
             raise InvalidRequestError(f"it is nested deeper than {limits.max_nesting} levels")
-    check_multiples(multiples_in(whole), limits)
+    check_multiples([whole], limits)
 
 
 def _one_of(choices: list[str]) -> str:
