@@ -100,7 +100,8 @@ field that would change the answer is ignored: it is obeyed, or refused with an 
 that nobody knows, such as a slip of the pen, is refused, too. `null` asks for nothing, with any field of this page.
 
 `model` may be left out, a whole number may be written as `3.0`, and a path may end with a slash. Usage counts the
-tokens that an answer contains, up to the one that completes a stop string, and so do logprobs and token ids; stop
+tokens that an answer contains, up to the one that completes a stop string, and so do logprobs and token ids;
+`reasoning_tokens` of its details are those that begin between the marks of the reasoning, as vLLM counts them. Stop
 strings are looked for after `min_tokens` tokens. `GET /v1/models` says how long prompt and answer may be together:
 `max_model_len`. `POST /tokenize` and `/detokenize` answer as vLLM's server does, `/ping` as `/health`, `GET /version`
 with kvferry's version, `GET /load` with the requests under way.
@@ -129,22 +130,26 @@ tools are translated into a chat as vLLM's server translates them, and what is s
 into a chat as vLLM's server translates them, so that `previous_response_id` and the same items sent again are the same
 prompt. Its answers are items in the order in which the model began them; a stream tells of them by OpenAI's events, and
 ends with `response.completed`, `response.incomplete` or `response.failed`. An item that the length cut off is
-`incomplete`, and one sent back so is gone on with. `reasoning_tokens` are those from the first of the reasoning to the
-first of what follows. Answers are kept for a day, in the router's memory and at most 64 MiB of them, of each tenant by
-itself, unless `store` is `false` or its `request_id` cannot stand in a path: `GET` and `DELETE /v1/responses/ID`. Where
-several routers or processes answer nothing is kept, and `previous_response_id` is refused; `store` `true` is where it
-cannot be had. `background`, `conversation`, `prompt`, images, files and OpenAI's own tools are refused. What an answer
-was not asked for is not made: no summary of reasoning.
+`incomplete`, and one sent back so is gone on with. Answers are kept for a day, in the router's memory and at most 64
+MiB of them, of each tenant by itself, unless `store` is `false` or its `request_id` cannot stand in a path: `GET` and
+`DELETE /v1/responses/ID`. Where several routers or processes answer nothing is kept, and `previous_response_id` is
+refused; `store` `true` is where it cannot be had. `background`, `conversation`, `prompt`, images, files and OpenAI's
+own tools are refused. What an answer was not asked for is not made: no summary of reasoning.
 
 `POST /inference/v1/generate` is vLLM's endpoint of tokens in and out: `token_ids`, `sampling_params` by the names that
 vLLM's own have, and with `output_mode` `text` the text beside the tokens. What is said here of completions holds for
 its fields of the same names; without `max_tokens` an answer may fill the context. Images are refused.
 
-Of the paths that vLLM's server has these are not here: `/v1/chat/completions/batch` (send each chat by itself; they run
-together all the same); `/render` and `/derender` behind the others and `/inference/v1/abort_requests`, which it has
-with `--enable-scale-out` alone (`/tokenize` renders a chat, and closing its connection ends a request);
-`/tokenizer_info` and `/server_info`, which it has with a flag or in development alone, as they tell of files and
-settings; those that load adapters, sleep, profile or change weights, which are a node's or `kvferry`'s own.
+`POST /v1/chat/completions/batch` is vLLM's endpoint of several chats at a time: `messages` is a list of lists, up to
+128 of them, the other fields are all chats', and the answer has a choice for each, in their order. They run together,
+and where one fails so does the answer. `stream`, `tools`, `n` over 1, `prompt_logprobs` and `return_prompt_text` are of
+one chat alone, and refused.
+
+Of the paths that vLLM's server has these are not here: `/render` and `/derender` behind the others and
+`/inference/v1/abort_requests`, which it has with `--enable-scale-out` alone (`/tokenize` renders a chat, and closing
+its connection ends a request); `/tokenizer_info` and `/server_info`, which it has with a flag or in development alone,
+as they tell of files and settings; those that load adapters, sleep, profile or change weights, which are a node's or
+`kvferry`'s own.
 
 Parts of messages are text.
 
@@ -162,13 +167,14 @@ where its branches cannot be told apart), `pattern`, `format` and bounds; regula
 back references; grammars in Lark, with its `%json`, or in GBNF; of structural tags the formats
 {textwrap.fill(", ".join(f"`{name}`" for name in FORMATS), 115)}.
 What it does not know (`not`, `uniqueItems`, `if`) is refused with its name before any token, and so is a text of more
-than 200,000 characters, one nested deeper than 64 levels, an object of more than 1,000 members, `multipleOf` of which
-the least common multiple is over 10,000, patterns in Lark joined by `&` or turned round by `~`, and what is not
-compiled within 10 s. A form in which no token can come next, or not within its bounds, ends with the error
-`form_stuck`. With vLLM its own libraries take it, and refuse what they do not know; about white space they go by the
-settings of vLLM, whatever a request says. vLLM servers that are not ours cannot go on
-with a form that another one began: such an answer ends with the error `form_cut`. Behind reasoning they begin a form as
-their own `--reasoning-parser` says.
+than 200,000 characters, one nested deeper than 64 levels, an object of more than 1,000 members, `multipleOf` of one
+value of which the least common multiple is over 10,000, or of all over 100,000, patterns in Lark joined by `&` or
+turned round by `~`, and what is not compiled within 10 s. Where several forms wait to be compiled their owners have
+turns, as those of requests: tenants, or without keys the `user`s, by the time that theirs took. A form in which no
+token can come next, or not within its bounds, ends with the error `form_stuck`. With vLLM its own libraries take it,
+and refuse what they do not know; about white space they go by the settings of vLLM, whatever a request says. vLLM
+servers that are not ours cannot go on with a form that another one began: such an answer ends with the error
+`form_cut`. Behind reasoning they begin a form as their own `--reasoning-parser` says.
 
 The model is told of `tools`, and with `tool_choice` `auto`, the default, its calls are told apart from its text: in one
 body as `tool_calls`, in a stream as OpenAI streams them, the arguments as they are written. A call that was cut off
