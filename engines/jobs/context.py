@@ -28,6 +28,9 @@ class JobLimits:
     follow_s: float = 1.0
     """What another node is writing is waited for as long as one more chunk becomes complete within this time: longer
     than a chunk takes, shorter than it takes the metadata server to give up a dead node."""
+    follow_document_s: float = 5.0
+    """At most what another node is computing of a document is waited for: its chunks are written once all of it is
+    computed, so that it gets the time of each of them."""
     follow_poll_s: float = 0.25
     """Meanwhile it is asked so often whether that node is still at it."""
     warn_s: float = 60.0

@@ -46,10 +46,11 @@ class LoadJob:
         claim: Claim | None = None,
         store_only: bool = False,
         owner: OwnerTag | None = None,
+        follow_s: float | None = None,
     ) -> None:
         """`batch`: chunks of one get at most, where the engine wants another number than the limits'. `loaded`: called
         with each new `num_loaded`. `store_only`: nobody wants to read the chunks here, if none has to be computed.
-        `owner`: whose chunks they are."""
+        `owner`: whose chunks they are. `follow_s`: instead of the limits'."""
         self._context = context
         self._keys = keys
         self._into = into
@@ -61,6 +62,7 @@ class LoadJob:
         self._claim = claim
         self._store_only = store_only
         self._owner = owner
+        self._follow_s = context.limits.follow_s if follow_s is None else follow_s
         self._followed: str | None = None
         self._follow_until = 0.0
         self._idle = False
@@ -210,7 +212,7 @@ class LoadJob:
         now = self._context.clock.now()
         self._idle = writer == self._followed and complete <= self._seen
         if not self._idle:
-            self._followed, self._follow_until = writer, now + self._context.limits.follow_s
+            self._followed, self._follow_until = writer, now + self._follow_s
         self._seen = max(self._seen, complete)
         return now < self._follow_until
 

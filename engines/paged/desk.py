@@ -7,8 +7,9 @@ long as the request may wait; then what the store has is loaded, and what it lac
 """
 
 import asyncio
+import functools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 
 import msgspec
 
@@ -22,7 +23,7 @@ from engines.paged.leg import Leg
 from engines.paged.legs import LegTable
 from engines.paged.runner import ModelRunner, RowMove
 from engines.paged.sequence import PlacedDocument, TokenSequence
-from engines.paged.store_jobs import StoreJobs
+from engines.paged.store_jobs import ChunkClaim, StoreJobs
 from kvcore.chunk_keys import owner_of
 from kvcore.clock import Clock
 from kvcore.errors import CancelledByPeerError, DeadlineExceededError, KVFerryError, OverloadedError
@@ -165,7 +166,7 @@ class DocumentDesk:
         brought = await self._bring(document, request, None)
         save = brought.save
         if brought.ready and save is None:  # it was found here, and the store may have lost it
-            save = self._save(document, request)
+            save = self._save(document, self._claim_chunks(document, request))
         if save is None:
             return brought, 0
         complete = await asyncio.shield(save)
@@ -194,6 +195,8 @@ class DocumentDesk:
             if waited.ready:
                 return waited
         with self._errands.wanted(document, request, waits=False) as errand:
+            if leg is not None and leg.handoff is not None:
+                errand.follow_nobody()
             brought = await errand.ended()
         brought.load_s += waited.load_s
         brought.moved = waited.moved + brought.moved
@@ -223,13 +226,17 @@ class DocumentDesk:
         brought = BroughtDocument()
         try:
             await self._load(errand, brought)
+            if errand.stored and not self._holds(errand.document):
+                await self._load(errand, brought)
             if not errand.waits and not self._holds(errand.document):
-                async with self._computing:
-                    await self._compute(errand.document, errand.request, brought)
+                await errand.get_place(self._computing)
+                await self._compute(errand, brought)
         except KVFerryError as error:
             _log.info("event=document_not_ready request=%s reason=%s", errand.request.request_id, error.message)
         except Exception:  # the boundary of a document: its request goes without it
             _log.exception("event=document_failed request=%s", errand.request.request_id)
+        finally:
+            errand.end_claim()
         brought.ready = self._holds(errand.document)
         if brought.ready and not errand.waits:
             self._errands.found(errand.document)
@@ -243,6 +250,7 @@ class DocumentDesk:
         if self._context is None or not keys:
             return
         place = ArrivingBlocks(keys, self._blocks, self._runner.block_view)
+        limits = self._context.limits
         errand.load = LoadJob(
             self._context,
             keys,
@@ -250,19 +258,38 @@ class DocumentDesk:
             wait_chunks=len(keys) if errand.waits else 0,
             deadline=errand.until,
             loaded=place.loaded,
+            claim=None
+            if errand.waits or errand.stored or not errand.follows
+            else functools.partial(self._claim, errand),
             owner=owner_of(errand.request.cache_salt),
+            follow_s=min(limits.follow_s * len(keys), limits.follow_document_s),
         )
         try:
             await errand.load.run()
         finally:
             place.loaded(errand.load.num_loaded)
             place.close()
-            brought.moved, brought.load_s = errand.load.moved, errand.load.load_s
+            brought.moved += errand.load.moved
+            brought.load_s += errand.load.load_s
             self._wake()
 
-    async def _compute(
-        self, document: PlacedDocument, request: PrefillRequest | GenerateRequest, brought: BroughtDocument
-    ) -> None:
+    async def _claim(self, errand: Errand, given_up: Set[str]) -> Sequence[str]:
+        """See `engines.jobs.load.Claim`. Who has it computes at once: its place is waited for before."""
+        assert self._context is not None
+        await errand.get_place(self._computing)
+        keys = errand.document.keys
+        errand.claim = claim = self._claim_chunks(errand.document, errand.request)
+        assert claim is not None
+        await claim.job.begun.wait()
+        writers = claim.job.writers(next((key for key in keys if not self._blocks.holds(key)), keys[-1]))
+        errand.stored = claim.job.stored.issuperset(keys)
+        if errand.stored or set(writers) - given_up - {self._context.store.node_id}:
+            errand.end_claim()
+            await asyncio.wait({claim.task})
+        return writers
+
+    async def _compute(self, errand: Errand, brought: BroughtDocument) -> None:
+        document, request = errand.document, errand.request
         prompt, at = request.prompt_token_ids, document.computed_at
         leg = self._arrivals.document_leg(
             f"{request.request_id}/document-{document.start}",
@@ -276,16 +303,15 @@ class DocumentDesk:
             brought.computed = leg.first.num_prompt_computed
             if leg.started is not None and leg.computed is not None:
                 brought.computing = leg.started, leg.computed
-            brought.save = await self._keep(document, leg.kept or [], request)
+            brought.save = await self._keep(errand, leg.kept or [])
         finally:
             self._legs.close(leg)
             self._blocks.release(leg.kept or [])
             self._wake()
 
-    async def _keep(
-        self, document: PlacedDocument, computed: Sequence[int], request: PrefillRequest | GenerateRequest
-    ) -> "asyncio.Task[frozenset[ChunkKey]] | None":
+    async def _keep(self, errand: Errand, computed: Sequence[int]) -> "asyncio.Task[frozenset[ChunkKey]] | None":
         """Copy it out of the blocks that it was computed in into chunks of its own: these begin where it begins."""
+        document = errand.document
         blocks, per_chunk, chunk_tokens = self._blocks, self._blocks.blocks_per_chunk, self._blocks.chunk_tokens
         if not blocks.can_allocate(per_chunk * len(document.keys)):
             raise OverloadedError("there are no blocks to keep a document in")
@@ -300,13 +326,15 @@ class DocumentDesk:
             await self._runner.move(moves, chunks[-1])
             for key, chunk in zip(document.keys, chunks, strict=True):
                 blocks.seal(key, chunk)
-            return self._save(document, request)
+            return self._save(document, errand.claim or self._claim_chunks(document, errand.request))
         finally:
             blocks.release(taken)
 
-    def _save(
-        self, document: PlacedDocument, request: PrefillRequest | GenerateRequest
-    ) -> "asyncio.Task[frozenset[ChunkKey]] | None":
+    def _claim_chunks(self, document: PlacedDocument, request: PrefillRequest | GenerateRequest) -> ChunkClaim | None:
+        prefer = request.prefer_segment if isinstance(request, PrefillRequest) else None
+        return self._store_jobs.claim_chunks(document.keys, owner_of(request.cache_salt), prefer)
+
+    def _save(self, document: PlacedDocument, claim: ChunkClaim | None) -> "asyncio.Task[frozenset[ChunkKey]] | None":
         """Save its chunks, which are in blocks."""
         chunk_tokens, size = self._blocks.chunk_tokens, document.stop - document.start
         chunks: list[tuple[ChunkKey, int, tuple[int, ...]]] = []
@@ -314,5 +342,4 @@ class DocumentDesk:
             found = self._blocks.reuse_chunk(key)
             if found is not None:
                 chunks.append((key, min(chunk_tokens, size - first), found))
-        prefer = request.prefer_segment if isinstance(request, PrefillRequest) else None
-        return self._store_jobs.save_chunks(chunks, owner_of(request.cache_salt), prefer)
+        return self._store_jobs.save_chunks(chunks, claim)

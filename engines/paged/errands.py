@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from engines.jobs.load import LoadJob
 from engines.paged.sequence import PlacedDocument
+from engines.paged.store_jobs import ChunkClaim
 from kvcore.types import ChunkKey
 from kvstore.types import MovedBytes
 from nodeapi.messages import GenerateRequest, PrefillRequest
@@ -44,6 +45,14 @@ class Errand:
     """So many requests do."""
     task: "asyncio.Task[BroughtDocument] | None" = None
     load: LoadJob | None = None
+    follows: bool = True
+    """What another node computes is waited for, before it is computed here."""
+    claim: ChunkClaim | None = None
+    """To compute its chunks, once there is a place among those that are computed."""
+    stored: bool = False
+    """The claim found that another node has computed them meanwhile."""
+    places: asyncio.Semaphore | None = None
+    """Where it has such a place."""
     told: bool = False
     stopped: bool = False
 
@@ -59,6 +68,27 @@ class Errand:
         self.until = 0.0
         if self.load is not None:
             self.load.stop_waiting()
+
+    def follow_nobody(self) -> None:
+        """Somebody who has waited long enough wants it: it is computed here unless it is there."""
+        self.follows = False
+        if self.load is not None:
+            self.load.stop_waiting()
+
+    async def get_place(self, places: asyncio.Semaphore) -> None:
+        """Among those that are computed, unless it has one."""
+        if self.places is None:
+            await places.acquire()
+            self.places = places
+
+    def end_claim(self) -> None:
+        """What was not saved by it is not to be computed here; its place goes to another one."""
+        if self.claim is not None:
+            self.claim.job.close()
+            self.claim = None
+        if self.places is not None:
+            self.places.release()
+            self.places = None
 
     async def ended(self) -> BroughtDocument:
         """What came of it. What was computed and moved is told to the first alone that asks."""

@@ -9,6 +9,7 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
 from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 from engines.jobs.context import JobContext
 from engines.jobs.load import LoadJob
@@ -33,6 +34,13 @@ def chunks_to_save(sequence: TokenSequence, *, save_output: bool) -> range:
     if not save_output:
         end = min(end, sequence.num_prompt)
     return range(sequence.num_submitted, max(sequence.num_submitted, end // sequence.chunk_tokens))
+
+
+class ChunkClaim(NamedTuple):
+    """Room that was asked for before chunks are computed. `task` gives the keys that are complete when `job` ends."""
+
+    job: SaveJob
+    task: "asyncio.Task[frozenset[ChunkKey]]"
 
 
 class StoreJobs:
@@ -131,20 +139,12 @@ class StoreJobs:
             leg.save.add(SavableChunk(sequence.key(chunk), sequence.chunk_tokens, reading, release))
             sequence.num_submitted = chunk + 1
 
-    def save_chunks(
-        self, chunks: Sequence[tuple[ChunkKey, int, Sequence[int]]], owner: OwnerTag, prefer_segment: str | None
-    ) -> asyncio.Task[frozenset[ChunkKey]] | None:
-        """Save chunks, (key, tokens, blocks) each, that are no request's. A reference to each block is given back. The
-        task gives the keys that are complete in the store then. None: there is no store."""
+    def claim_chunks(self, keys: Sequence[ChunkKey], owner: OwnerTag, prefer_segment: str | None) -> ChunkClaim | None:
+        """Ask for room for chunks that are no request's, before they are computed: the claim to compute them. It holds
+        until they are saved by it, or its job is closed. None: there is no store."""
         if self._context is None:
-            for _, _, blocks in chunks:
-                self._blocks.release(blocks)
             return None
-        job = SaveJob(self._context, prefer_segment, [key for key, _, _ in chunks], owner=owner)
-        for key, num_tokens, blocks in chunks:
-            reading, release = functools.partial(self._reading, blocks), functools.partial(self._release, blocks)
-            job.add(SavableChunk(key, num_tokens, reading, release))
-        job.close()
+        job = SaveJob(self._context, prefer_segment, keys, owner=owner)
 
         async def run() -> frozenset[ChunkKey]:
             await self._guard(job.run, "save")
@@ -153,7 +153,22 @@ class StoreJobs:
         task = self._tasks.create_task(run(), name="engine-save")
         self._saves[task] = job
         task.add_done_callback(functools.partial(self._end_loose_save, job))
-        return task
+        return ChunkClaim(job, task)
+
+    def save_chunks(
+        self, chunks: Sequence[tuple[ChunkKey, int, Sequence[int]]], claim: ChunkClaim | None
+    ) -> asyncio.Task[frozenset[ChunkKey]] | None:
+        """Save chunks, (key, tokens, blocks) each, that were claimed. A reference to each block is given back. The task
+        gives the keys that are complete in the store then. None: there is no store."""
+        if claim is None:
+            for _, _, blocks in chunks:
+                self._blocks.release(blocks)
+            return None
+        for key, num_tokens, blocks in chunks:
+            reading, release = functools.partial(self._reading, blocks), functools.partial(self._release, blocks)
+            claim.job.add(SavableChunk(key, num_tokens, reading, release))
+        claim.job.close()
+        return claim.task
 
     def _end_loose_save(self, job: SaveJob, task: asyncio.Task[frozenset[ChunkKey]]) -> None:
         job.abandon()

@@ -5,7 +5,8 @@ import random
 
 import pytest
 from support.sim_cluster import Variant, run_seed
-from support.sim_herd import COMPUTE_S, RATE, Herd
+from support.sim_herd import COMPUTE_S, DOCUMENT, RATE, Herd, K
+from support.sim_plan import CHUNK
 
 from engines.jobs.context import JobLimits
 
@@ -74,3 +75,30 @@ def test_when_the_computing_node_dies_another_takes_over(part):
             longest_s = herd.spread_s + at_s + FOLLOW_S + 2 * (COMPUTE_S + own / RATE) + 0.5
             assert counts["slowest_ms"] < 1000 * longest_s, (seed, herd)
     assert killed >= 5
+
+
+def documents_herd(nodes, **more) -> Herd:
+    return Herd(nodes=NODES[nodes], prefix_tokens=2 * CHUNK + 1, own_tokens=10, documents=3, **more)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("nodes", NODES)
+def test_documents_that_many_name_at_once_are_computed_once_over_the_whole_cluster(nodes, count):
+    herd = documents_herd(nodes, count=count)
+    counts = run(herd, 1)
+    own = count * (herd.own_tokens + 3 * (K + 1))
+    once = 3 * (DOCUMENT + 1), 2 * CHUNK
+    """Each document behind the header's last token, and the header's full chunks."""
+    assert counts["prefill_tokens"] - own - once[0] in ((once[1], 2 * once[1]) if nodes == "2D" else (once[1],))
+    assert counts["slowest_ms"] < 1000 * ((sum(once) + own + herd.prefix_tokens) / RATE + 0.2)
+
+
+@pytest.mark.parametrize("kills", ["node", "engine"])
+@pytest.mark.parametrize("kill_s", [0.1, 0.45])
+def test_when_the_node_that_computes_documents_dies_another_takes_over(kills, kill_s):
+    herd = documents_herd("2P2D", count=4, kills=kills, kill_s=kill_s)
+    counts = run(herd, 1)
+    own = herd.count * (herd.own_tokens + 3 * (K + 1))
+    assert counts["killed"] == 1
+    assert counts["prefill_tokens"] <= 2 * (3 * (DOCUMENT + 1) + herd.prefix_tokens + own)
+    assert counts["slowest_ms"] < 1000 * (kill_s + JobLimits().follow_document_s + counts["prefill_tokens"] / RATE)

@@ -7,7 +7,10 @@ from support.sim_plan import BLOCK, CHUNK, FIRST_S, Fault, Plan, Wanted
 
 from kvcore.config.schema import SimEngineConfig, StoreConfig
 from nodeapi.sampling import SamplingParams
+from router.documents.named import NamedDocuments
 
+K, DOCUMENT = 4, 5 * CHUNK + 3
+"""Tokens of a document: those that are computed where it stands, and all."""
 RATE = 500.0
 """Prompt tokens that an engine computes in a second."""
 COMPUTE_S = 16 * CHUNK / RATE
@@ -28,21 +31,15 @@ class Herd:
     """So long after the first request the node that computes is killed."""
     kills: str = "node"
     """Or `engine`."""
+    documents: int = 0
+    """Each prompt names so many after its prefix, the same ones in another order."""
 
     def plan(self, seed: int) -> Plan:
         """Of this seed."""
         dice = random.Random(seed)
         prefix = [dice.randrange(1, 300) for _ in range(self.prefix_tokens)]
-        requests = [
-            Wanted(
-                f"r{number}",
-                FIRST_S + dice.random() * self.spread_s,
-                prefix + [dice.randrange(1, 300) for _ in range(self.own_tokens)],
-                SamplingParams(temperature=1.0, seed=number, max_tokens=4, ignore_eos=True),
-                None,
-            )
-            for number in range(self.count)
-        ]
+        texts = [[dice.randrange(1, 300) for _ in range(DOCUMENT)] for _ in range(self.documents)]
+        requests = [self._request(dice, number, prefix, texts) for number in range(self.count)]
         return Plan(
             engine=SimEngineConfig(
                 block_size=BLOCK,
@@ -61,3 +58,14 @@ class Herd:
             weather=1.0,
             nodes=self.nodes,
         )
+
+    def _request(self, dice: random.Random, number: int, prefix: list[int], texts: list[list[int]]) -> Wanted:
+        at_s, prompt, spans = FIRST_S + dice.random() * self.spread_s, list(prefix), list[tuple[int, int]]()
+        for text in dice.sample(texts, len(texts)):
+            prompt.append(7)
+            spans.append((len(prompt), len(prompt) + len(text)))
+            prompt += text
+        prompt += [dice.randrange(1, 300) for _ in range(self.own_tokens)]
+        sampling = SamplingParams(temperature=1.0, seed=number, max_tokens=4, ignore_eos=True)
+        named = NamedDocuments("field", len(prefix), tuple(spans), k=K) if spans else None
+        return Wanted(f"r{number}", at_s, prompt, sampling, None, documents=named)
