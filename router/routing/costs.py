@@ -1,8 +1,9 @@
 """What the ways to a request's first token would take, by what is measured of the nodes, and which of them pays. Pure.
 
 The decoder computes what is not cached, or a prefiller does and hands it over; either loads what is cached from its own
-memory or from others', or has it brought from a tier first (`router.routing.promotion`). What nothing was measured of
-is not guessed: then the way is not in the comparison.
+memory or from others', or has it brought from a tier first (`router.routing.promotion`). Documents that are there the
+decoder loads, whoever computes the others. What nothing was measured of is not guessed: then the way is not in the
+comparison.
 """
 
 from typing import NamedTuple
@@ -141,7 +142,8 @@ def _moves(
     request: RouteRequest, node: NodeView, decoder: NodeView, promotion: Promotion | None = None
 ) -> tuple[_Move, ...]:
     """What `node` loads out of its own machine's memory and out of others'; what a prefiller writes for a decoder of
-    another machine, and what that one reads."""
+    another machine, and what that one reads: of it, and of documents that are there, on its own machine and on
+    others."""
     promotion = expected(request, node) if promotion is None else promotion
     full, cached = _chunks(request, node, promotion)
     size = node.kv_spec.chunk_bytes if node.kv_spec is not None else 0
@@ -149,18 +151,27 @@ def _moves(
     others, by_peers = cached - promotion.chunks - own, promotion.chunks - promotion.near
     read_rate = node.read_rate(request.hits_for(node).machine, request.now)
     far_s = _moving_s(others * size, read_rate) + _moving_s(by_peers * size, node.far_rate)
+    documents = request.documents_for(decoder)  # those that are there the decoder loads, whoever computes the others
+    token_bytes = size / node.chunk_tokens
+    there = documents.by_node.get(decoder.id, 0.0) * token_bytes, documents.elsewhere(decoder.id) * token_bytes
+    read_s = _moving_s(there[0], decoder.near_rate), _moving_s(there[1], decoder.far_rate)
+    if node is decoder:
+        return (
+            _Move(_moving_s((own + promotion.near) * size, node.near_rate) + read_s[0], Blamed(node.id, "near")),
+            _Move(far_s + read_s[1], Blamed(node.id, "far")),
+        )
     loads = (
         _Move(_moving_s((own + promotion.near) * size, node.near_rate), Blamed(node.id, "near")),
         _Move(far_s, Blamed(node.id, "far")),
     )
-    if node is decoder:
-        return loads
     put_rate = node.put_rates.get(decoder.machine, 0.0) if node.machine != decoder.machine else 0.0
-    handed = (full - cached) * size
+    handed = max(0.0, (full - cached) * size - documents.in_reach * token_bytes)
+    handed_s = handed / decoder.near_rate if decoder.near_rate else 0.0
     return (
         *loads,
         _Move(handed / put_rate if put_rate else 0.0, Blamed(node.id, "put", decoder.machine)),
-        _Move(handed / decoder.near_rate if decoder.near_rate else 0.0, Blamed(decoder.id, "near")),
+        _Move(handed_s + read_s[0], Blamed(decoder.id, "near")),
+        _Move(read_s[1], Blamed(decoder.id, "far")),
     )
 
 
@@ -178,14 +189,14 @@ def _by(request: RouteRequest, node: NodeView, decoder: NodeView, promotion: Pro
     rest -= request.documents_for(node).in_reach
     if not node.prefill_rate and rest > node.chunk_tokens:  # a part of a chunk takes the one step
         return None
-    if float("inf") in (load_s, promotion.seconds):
+    if float("inf") in (load_s, promotion.seconds, *handing):
         return None
     queue_s = compute_s = handoff_s = 0.0
     if node.prefill_rate:
         queue_s, compute_s = node.ahead_tokens(request.now) / node.prefill_rate, rest / node.prefill_rate
     if handing:
-        put_s, read_s = handing
-        handoff_s = max(0.0, put_s - compute_s) + read_s  # chunks are written while the next ones are computed
+        put_s, *read_s = handing
+        handoff_s = max(0.0, put_s - compute_s) + sum(read_s)  # chunks are written while the next ones are computed
     total_s = max(queue_s, promotion.seconds) + load_s + compute_s + handoff_s + decoder.step_s
     return Way(
         node=node.id,

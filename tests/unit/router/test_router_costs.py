@@ -11,6 +11,7 @@ from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.types import Role
 from nodeapi.messages import Moved, Promoted
 from nodeapi.sampling import SamplingParams
+from router.documents.hits import DocumentHits
 from router.requests.records import LegRecord, RequestRecord, RouteRecord
 from router.requests.spec import RequestSpec
 from router.routing.costs import pays_to_stay, ways, worth_waiting_s
@@ -49,6 +50,32 @@ def test_a_way_is_what_its_parts_take():
     assert there.handoff_s == pytest.approx(4 * KV.chunk_bytes / (4 * GB))
     parts = there.queue_s + there.load_s + there.compute_s + there.handoff_s
     assert there.expected_s == pytest.approx(parts + D.step_s)
+
+
+def naming(tokens: int, **by_node: float) -> RouteRequest:
+    """1,000 tokens of documents in reach."""
+    hits = DocumentHits(header=16, reusable=1000, in_reach=1000, by_node=by_node)
+    return RouteRequest(tokens, 64, hits={KV.fingerprint: PrefixHits(0, {})}, documents={KV.fingerprint: hits})
+
+
+@pytest.mark.parametrize(("by_node", "rate"), [({"d": 1000.0}, 4 * GB), ({"p": 1000.0}, GB), ({}, GB)])
+def test_documents_that_are_there_are_loaded_by_the_decoder_whoever_computes_the_rest(
+    by_node: dict[str, float], rate: float
+):
+    takes = replace(D, takes_documents=True), replace(P, takes_documents=True)
+    here, there = ways(naming(1600, **by_node), *takes)
+    load_s, rest_s = 1000 / 16 * KV.chunk_bytes / rate, 600 / RATE
+    assert (here.load_s, here.compute_s) == (pytest.approx(load_s), pytest.approx(rest_s))
+    assert here.expected_s == pytest.approx(load_s + rest_s + D.step_s)
+    handed_s = (99 - 1000 / 16) * KV.chunk_bytes / (4 * GB)
+    assert (there.load_s, there.handoff_s) == (0, pytest.approx(handed_s + load_s))
+    assert there.expected_s == pytest.approx(rest_s + handed_s + load_s + D.step_s)
+
+
+def test_a_decoder_of_whose_reading_nothing_is_known_is_not_compared_by_documents():
+    takes = replace(D, takes_documents=True, far_rate=0.0), replace(P, takes_documents=True)
+    assert ways(naming(1600), *takes) == ()
+    assert len(ways(naming(1600, d=1000.0), *takes)) == 2
 
 
 def chosen(request: RouteRequest, *decoders: NodeView, prefiller: NodeView = P) -> tuple[str | None, str]:
