@@ -1,5 +1,6 @@
 """What a prompt's reuse costs: the distributions of two ways to compute it, token by token."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,15 +29,24 @@ def one_way(request: CompareRequest, *, reuse: bool) -> GenerateRequest:
 
 def divergence(full: LogProbabilities, other: LogProbabilities) -> float:
     """Kullback-Leibler divergence of `other` from `full`, in nats. Both are of one vocabulary. What `full` rules out
-    counts for nothing; what `other` alone rules out makes it infinite."""
+    counts for nothing; what `other` alone rules out makes it infinite, and so does what is no number in either."""
+    if _lacks_numbers(full, other):
+        return math.inf
     wide, said = full.astype(np.float64), np.exp(full.astype(np.float64))
     possible = said > 0
     return max(0.0, float(np.sum(said[possible] * (wide[possible] - other.astype(np.float64)[possible]))))
 
 
 def gap(full: LogProbabilities, other: LogProbabilities) -> float:
-    """How much less likely, by `full`, the token is that `other` finds likeliest; nats."""
+    """How much less likely, by `full`, the token is that `other` finds likeliest; nats. Infinite where one of them has
+    what is no number: nothing is likeliest then."""
+    if _lacks_numbers(full, other):
+        return math.inf
     return float(full.max() - full[int(other.argmax())])
+
+
+def _lacks_numbers(full: LogProbabilities, other: LogProbabilities) -> bool:
+    return bool(np.isnan(full).any() or np.isnan(other).any())
 
 
 def compared(request_id: str, full: Leg, reused: Leg, distances: Sequence[float], now: float) -> CompareReply:

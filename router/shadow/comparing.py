@@ -22,7 +22,7 @@ from router.nodes.cluster import Cluster, KnownNode
 from router.requests.records import LegRecord, RequestRecord
 from router.requests.spec import RequestSpec
 from router.shadow.gate import BlendGate
-from router.shadow.judging import ReuseVerdict, sources, tolerance, verdict
+from router.shadow.judging import ReuseVerdict, at_most, sources, tolerance, verdict
 from router.shadow.limits import ShadowLimits
 from router.shadow.quarantine import DropChunks
 from router.shadow.reports import BlendReport, DivergentChunk, ReuseDivergence
@@ -221,9 +221,10 @@ class ShadowComparisons:
     ) -> None:
         """Name what is wrong, loudly, and have it dropped. What other engines have of it is looked for next."""
         keys = prompt_keys(spec.fingerprint, one.salt, one.tokens, spec.chunk_tokens)
+        most = self._limits.most
         wrong = [number for number in said.wrong if number < len(keys)]  # a node may have begun anew, with other chunks
         chunks = [
-            DivergentChunk(key=keys[number].hex(), number=number, distance=min(reply.distances[number], 1e9))
+            DivergentChunk(key=keys[number].hex(), number=number, distance=at_most(reply.distances[number], most))
             for number in wrong
         ]
         machines = dict[str, str]()
@@ -234,7 +235,7 @@ class ShadowComparisons:
             request_id=one.request_id,
             node=node.id,
             at=self._clock.wall(),
-            gap=said.gap,
+            gap=at_most(said.gap, most),
             chunks=chunks,
             sources=sources(one.legs, node.id, machines) or ["the engine's own blocks"],
         )
@@ -251,7 +252,7 @@ class ShadowComparisons:
             node=node.id,
             chunks=",".join(f"{chunk.number}:{chunk.key}" for chunk in chunks) or "not told",
             distance=max((chunk.distance for chunk in chunks), default=None),
-            gap=said.gap,
+            gap=divergence.gap,
             sources="; ".join(divergence.sources),
             replicas=",".join(divergence.replicas) or None,
             left="; ".join(divergence.left) or None,

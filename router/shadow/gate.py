@@ -16,6 +16,7 @@ import msgspec
 
 from kvcore.config.kv.settings import BlendConfig
 from metadata_server.cache_messages import KindSwitch
+from router.shadow.judging import at_most
 from router.shadow.limits import BlendGateLimits
 from router.shadow.reports import BlendReport, KindReport
 
@@ -88,7 +89,7 @@ class BlendGate:
         one.compared += 1
         if one.switch.off:  # it was asked before it was turned off
             return ""
-        for values, value in ((one.kl, min(kl, limits.most_nats)), (one.agreement, agreement)):
+        for values, value in ((one.kl, at_most(kl, limits.most_nats)), (one.agreement, agreement)):
             values.append(value)
             if len(values) > limits.window:
                 values.popleft()

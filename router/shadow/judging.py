@@ -1,6 +1,7 @@
 """What a comparison of exact reuse says: rounding, or chunks that are wrong, and by what way those had come. Pure."""
 
 from collections.abc import Mapping, Sequence
+from math import inf, isnan
 from typing import NamedTuple
 
 from kvcore.types import KVSpec
@@ -20,6 +21,11 @@ _FLOAT32, _COARSE = Tolerance(1e-3, 0.01), Tolerance(0.1, 0.5)
 bfloat16): a flipped bit that is smaller changes no answer."""
 
 
+def at_most(value: float, most: float) -> float:
+    """The value, or `most` if it is greater, or no number."""
+    return value if value <= most else most
+
+
 def tolerance(spec: KVSpec) -> Tolerance:
     """Of KV of this kind. What is declared of it (a lossy codec, a quantized model) may round, too."""
     return _FLOAT32 if spec.dtype == "float32" and not spec.declared else _COARSE
@@ -36,7 +42,7 @@ class ReuseVerdict(NamedTuple):
 def verdict(reply: CompareReply, allowed: Tolerance) -> ReuseVerdict:
     """Of a comparison without documents."""
     wrong = [number for number, distance in enumerate(reply.distances) if not distance <= allowed.distance]
-    gap = max(reply.gaps, default=0.0)
+    gap = max((inf if isnan(gap) else gap for gap in reply.gaps), default=0.0)
     return ReuseVerdict(bool(wrong) or not gap <= allowed.gap, wrong, gap)
 
 

@@ -23,6 +23,8 @@ class ShadowLimits:
     """That a comparison goes on for."""
     keep_again_s: float = 2.0
     """Between two looks at what the metadata server keeps of turned kinds."""
+    most: float = 1e9
+    """That a distance or a gap counts for, as JSON has no infinity and nothing that is no number."""
     remembered: int = 32
     """Findings about chunks that are shown."""
 

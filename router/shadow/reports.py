@@ -35,7 +35,7 @@ class ReuseDivergence(msgspec.Struct, kw_only=True):
     node: str
     at: float
     gap: float
-    """How much less likely the worst token was than the full computation's own, nats."""
+    """How much less likely the worst token was than the full computation's own, nats; 1e9 at most, as `distance`."""
     chunks: list[DivergentChunk] = []
     sources: list[str] = []
     replicas: list[str] = []

@@ -1,11 +1,14 @@
 """What a prompt's reuse costs, and which chunk is to blame: one engine computes it both ways."""
 
 import asyncio
+import math
 
 import msgspec
+import numpy as np
 import pytest
 from support.engine_fakes import CHUNK, CONFIG, alone, completions, idle, prompt_of, request
 
+from engines.paged.compare import divergence, gap
 from engines.sim.reference import expected_tokens
 from kvcore.errors import OverloadedError
 from nodeapi.documents import CompareRequest, Documents
@@ -22,6 +25,13 @@ def damage(engine, chunk):
     """Flip a bit of a cached chunk in the engine's memory. Blocks are given out in their order."""
     size, per_chunk = CONFIG.block_size * CONFIG.bytes_per_token, CHUNK // CONFIG.block_size
     engine._runner.memory[chunk * per_chunk * size + 77] ^= 1
+
+
+@pytest.mark.parametrize(("full", "other"), [([-0.1, -2.3], [math.nan, -2.3]), ([math.nan, -2.3], [-0.1, -2.3])])
+def test_a_distribution_that_has_what_is_no_number_is_as_far_off_as_can_be(full, other):
+    """It was told as no divergence at all: the greater of 0 and what is no number is 0."""
+    pair = np.array(full, np.float32), np.array(other, np.float32)
+    assert divergence(*pair) == gap(*pair) == math.inf
 
 
 def test_what_is_cached_is_what_would_be_computed():

@@ -30,9 +30,15 @@ def test_a_kind_goes_off_once_enough_was_compared_and_says_why():
     assert gate.problem() is not None and "field of m" in str(gate.problem())
 
 
-@pytest.mark.parametrize(("kl", "agreement"), [(math.inf, 1.0), (0.31, 1.0), (0.0, 0.79)])
+@pytest.mark.parametrize(("kl", "agreement"), [(math.inf, 1.0), (math.nan, 1.0), (0.31, 1.0), (0.0, 0.79)])
 def test_either_mean_is_enough(kl, agreement):
     assert fed(made(), *[(kl, agreement)] * 3)[-1]
+
+
+def test_a_divergence_that_is_no_number_is_told_as_one():
+    gate = made(max_kl=20.0, min_agreement=0)
+    fed(gate, (math.nan, 1.0))
+    assert gate.report().kinds[0].kl == LIMITS.most_nats
 
 
 def test_at_the_bounds_it_stays_on():

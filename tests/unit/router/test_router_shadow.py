@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from support.router_fakes import CHUNK_TOKENS, FakeNodes, Rig, expected, two_and_two, until
 from support.router_tiers import LIVE, PROMPT, Kept, kept_rig, keys_of, put
@@ -21,6 +22,7 @@ from nodeapi.messages import Moved, Promoted
 from router.requests.records import LegRecord
 from router.shadow.judging import sources, tolerance, verdict
 from router.shadow.limits import ShadowLimits
+from router.shadow.reports import BlendReport
 
 ALL = KVConfig(shadow=1.0, blend=BlendConfig(mode="first_k"))
 LIMITS = ShadowLimits(poll_s=0.001, waiting=3, patience_s=30.0)
@@ -283,6 +285,19 @@ def test_rounding_is_told_from_what_is_wrong(dtype, distance, gap, diverged):
 
     said = verdict(reply(distance, gaps=[gap]), tolerance(spec(dtype=dtype)))
     assert said.diverged is diverged and said.wrong == ([0] if not distance <= 0.1 or distance == 1e-2 else [])
+
+
+@pytest.mark.parametrize("gap", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize("distance", [float("nan"), float("inf"), 1e300])
+async def test_what_is_no_number_is_told_as_the_greatest(distance: float, gap: float):
+    """JSON has null for it, and whoever reads the report could not."""
+    async with shadowing() as (rig, _, client):
+        for node in rig.nodes.nodes:
+            node.compared = [reply(distance, gaps=[0.0, gap])]
+        await ask(client)
+        await until(lambda: rig.shadow.counts["exact", "diverged"] >= 1)
+        told = msgspec.json.decode((await client.get("/v1/blend")).content, type=BlendReport)
+    assert told.divergences[-1].gap == told.divergences[-1].chunks[0].distance == ShadowLimits().most
 
 
 def test_the_sources_are_what_the_legs_told():
