@@ -11,7 +11,7 @@ BIN   := $(VENV)/bin
 # What pytest compiles is kept, whatever the environment says: five runs of it in `make test` save 5 s each.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test check lint unit coverage ucx nixl vllm venv-vllm clients light-clients bench chaos clean help
+.PHONY: demo test check lint unit coverage ucx nixl slow vllm venv-vllm clients light-clients bench chaos clean help
 
 help:            ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -19,9 +19,16 @@ help:            ## show the targets
 demo: $(VENV)/.demo-model   ## bring a whole cluster up on a real model and serve two requests (ONCE=1: then end)
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/kvferry demo configs/laptop.yaml $(if $(ONCE),--once)
 
-test: check ucx nixl $(VENV)/.demo-model $(VENV)/valkey/.installed   ## everything: `check`, UCX, NIXL, the tests that need the demo model or whole clusters, vLLM
-	$(PYTEST) tests -m "slow and not ucx and not vllm and not clients" -n 2 --dist loadfile --no-loadscope-reorder
-	$(MAKE) vllm light-clients
+# Tests in virtual time, or in none, can wait for a processor; clusters of processes wait for events much of the time.
+PATIENT := tests/sim tests/property
+SLOW := slow and not ucx and not vllm and not clients
+BESIDE := $(MAKE) ucx nixl slow vllm light-clients
+
+test: check   ## everything: `check`, UCX, NIXL, the tests that need the demo model or whole clusters, vLLM
+	scripts/beside.sh '$(PYTEST) $(PATIENT) -m "$(SLOW)" --timeout 1800' '$(BESIDE)'
+
+slow: $(VENV)/.demo-model $(VENV)/valkey/.installed   ## whole clusters and what takes long, but for virtual time
+	$(PYTEST) tests $(addprefix --ignore ,$(PATIENT)) -m "$(SLOW)" -n 2 --dist loadfile --no-loadscope-reorder
 
 # All of it on the UCX of NIXL's wheel (1.23). UCX 1.13, which Debian has, aborts a segment's process when its peer dies
 # while the two connect (docs/rdma.md): it is held to everything but deaths, and to what such an abort may cost.

@@ -8,13 +8,13 @@ from collections import Counter
 
 import pytest
 from support.sim_cluster import Variant, run_seed
-from support.slow import slow_but
+from support.slow import seeds, slow_but
 
 from kvcore.errors import NodeRefusedError
 from kvcore.identity import ClusterIdentity
 from metadata_server.index import nodes as registry
 
-BLOCKS, PER_BLOCK = range(26), 4
+BLOCKS, PER_BLOCK = range(seeds(12)), 4
 
 
 @pytest.fixture(autouse=True)

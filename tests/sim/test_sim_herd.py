@@ -7,11 +7,12 @@ import pytest
 from support.sim_cluster import Variant, run_seed
 from support.sim_herd import COMPUTE_S, DOCUMENT, RATE, Herd, K
 from support.sim_plan import CHUNK
+from support.slow import seeds
 
 from engines.jobs.context import JobLimits
 
 FOLLOW_S = JobLimits().follow_s
-SETS = 15
+SETS = seeds(7)
 """Of ten seeds each."""
 NODES = {
     "1P1D": ("p1", "d1"),

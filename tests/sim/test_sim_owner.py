@@ -9,13 +9,13 @@ import pytest
 from support.chunk_attacks import CLUSTER
 from support.sim_cluster import Variant, run_seed
 from support.sim_plan import make_plan
-from support.slow import slow_but
+from support.slow import seeds, slow_but
 
 from kvcore.trust.opening import OPEN, ClusterTrust
 from kvstore.integrity.checks import Integrity
 
 QUICK = range(1, 2)
-BLOCKS = [range(first, first + 20) for first in range(2, 202, 20)]
+BLOCKS = [range(first, first + 20) for first in range(2, 2 + 20 * seeds(4), 20)]
 DEEDS = [
     ("drop", "late", "change", "other_proof", "answer", "replay"),
     ("cut", "change_reply", "other_reply", "other_status", "without_digest"),
@@ -48,15 +48,15 @@ def secured(seed: int) -> Variant:
     return owned(seed, ClusterTrust("sim", CLUSTER), sealed)
 
 
-@pytest.mark.parametrize("seeds", slow_but([QUICK], [QUICK, *BLOCKS]))
-def test_with_a_secret_every_request_gets_the_right_text(seeds):
+@pytest.mark.parametrize("block", slow_but([QUICK], [QUICK, *BLOCKS]))
+def test_with_a_secret_every_request_gets_the_right_text(block):
     counts = Counter[str]()
-    for seed in seeds:
+    for seed in block:
         outcome = run_seed(seed, secured(seed))
         assert not outcome.problems, f"seed {seed}\n" + "\n".join(outcome.problems)
         assert not outcome.counts["failed"], f"seed {seed}\n" + "\n".join(outcome.lines[-40:])
         counts.update(outcome.counts)
-    if len(seeds) > 1:
+    if len(block) > 1:
         done = [{deed for deed in deeds if counts[f"owner_{deed}"]} for deeds in DEEDS]
         assert all(len(some) > 1 for some in done), (done, counts)
         assert counts["unproven"] and counts["greeting_refused"] and counts["injected"]

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from support.sim_cluster import Outcome, Variant, run_seed
 from support.sim_plan import Fault, Plan, make_plan
-from support.slow import slow_but
+from support.slow import seeds, slow_but
 
 from kvcore.config.schema import RouterConfig
 
@@ -76,11 +76,11 @@ def stalls(outcome: Outcome) -> tuple[set[str], set[str]]:
     return stalled, {name for name, at_s in came.items() if known and known < at_s < awake}
 
 
-@pytest.mark.parametrize("seeds", slow_but([range(4)], [range(4), range(4, 60)]))
+@pytest.mark.parametrize("block", slow_but([range(4)], [range(4), range(4, 4 + seeds(26))]))
 @pytest.mark.parametrize("name", ["d1", "p1"])
-def test_a_hung_engine_holds_nobody_for_longer_than_the_limits(name, seeds):
+def test_a_hung_engine_holds_nobody_for_longer_than_the_limits(name, block):
     totals: Counter[str] = Counter()
-    for seed in seeds:
+    for seed in block:
         planned = plan(seed, name, 12.0)
         outcome = simulate(seed, planned)
         first, gap = silences(outcome)
@@ -90,7 +90,7 @@ def test_a_hung_engine_holds_nobody_for_longer_than_the_limits(name, seeds):
         assert not stalled & late, (seed, "a node that is known to hang was asked again")
         totals.update(outcome.counts, late=len(late))
     # decoders wait for a prefiller hardly longer than it takes to compute: few legs are left that can stall
-    least = len(seeds) // 2 if name == "d1" else 1
+    least = len(block) // 2 if name == "d1" else 1
     assert totals["stalled"] >= least and totals["late"], totals
 
 
@@ -99,19 +99,19 @@ def legs(outcome: Outcome) -> float:
     return outcome.counts["legs_decode"] / outcome.counts["accepted"]
 
 
-@pytest.mark.parametrize("seeds", slow_but([range(3)], [range(3), range(3, 40)]))
-def test_where_all_are_slow_requests_wait_and_are_not_sent_to_and_fro(seeds):
+@pytest.mark.parametrize("block", slow_but([range(3)], [range(3), range(3, 3 + seeds(17))]))
+def test_where_all_are_slow_requests_wait_and_are_not_sent_to_and_fro(block):
     """Both decoders and both prefillers hang; nobody is there to take anything over."""
-    for seed in seeds:
+    for seed in block:
         outcome = simulate(seed, plan(seed, "p1 p2 d1 d2", 9.0))
         assert silences(outcome)[1] <= 9.0 + MORE_S, seed
         assert legs(outcome) <= 3.0, (seed, legs(outcome))
 
 
-@pytest.mark.parametrize("seeds", slow_but([range(3)], [range(3), range(3, 40)]))
-def test_alone_a_hung_node_is_waited_for(seeds):
+@pytest.mark.parametrize("block", slow_but([range(3)], [range(3), range(3, 3 + seeds(17))]))
+def test_alone_a_hung_node_is_waited_for(block):
     totals: Counter[str] = Counter()
-    for seed in seeds:
+    for seed in block:
         outcome = simulate(seed, plan(seed, "d1", 6.0, ("d1",)))
         first, gap = silences(outcome)
         assert max(first, gap) <= 6.0 + 2 * MORE_S, (seed, first, gap)

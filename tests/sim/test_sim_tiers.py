@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from support.sim_cluster import Variant, run_seed
 from support.sim_tier_plan import make_tier_plan
-from support.slow import slow_but
+from support.slow import seeds, slow_but
 
 from kvnode.tiers.filler import TierFiller
 from kvnode.tiers.own_segment import OwnSegment
@@ -14,7 +14,7 @@ from kvstore.integrity.checks import Integrity
 from kvstore.tiers.guarded import GuardedTier
 from kvstore.types import GetOutcome
 
-BLOCKS, PER_BLOCK = 30, 10
+BLOCKS, PER_BLOCK = seeds(14), 10
 QUICK_BLOCKS = 1
 
 

@@ -11,14 +11,14 @@ import msgspec
 import pytest
 from support.sim_cluster import Variant, run_seed
 from support.sim_nodes import DataFaults
-from support.slow import slow_but
+from support.slow import seeds, slow_but
 
 from kvstore.integrity.checks import Integrity
 from metadata_server.index.reading import Reading
 from metadata_server.index.state import MetadataState
 from router.requests import legs as router_legs
 
-BLOCKS, PER_BLOCK = 10, 20
+BLOCKS, PER_BLOCK = seeds(5), 20
 QUICK_BLOCKS = 1
 """Of BLOCKS: those of `make check`. The others are slow."""
 ROOT = Path(__file__).resolve().parents[2]
