@@ -1,9 +1,9 @@
 """What a single vLLM, without kvferry, answers greedily: as it was recorded, or else computed in a process of its own.
 
 A divergence is accepted only where that vLLM is itself at a tie: the two tokens' logprobs lie closer than TIE.
-`RECORDED` has the answers of one version of vLLM and of what makes the models, on one kind of processor. With others,
+`RECORDED` has the answers of one version of vLLM and of what makes the models, by the kind of processor. With others,
 and for prompts that are not in it, a vLLM is started and computes them.
-Record again after a change of version, or with new prompts (some minutes):
+Record again after a change of version, with new prompts, or on another kind of processor (some minutes):
 
     KVFERRY_RECORD=1 .venv-vllm/bin/python -m pytest tests/vllm
 """
@@ -78,18 +78,22 @@ class References:
         self._folder = folder
         self._args = args
         self._single: SingleVllm | None = None
-        self._recorded: dict[str, Any] = _read_recorded().get(model, {})
+        self._recorded: dict[str, Any] = _read_recorded().get(_processor(), {}).get(model, {})
         self._computed: dict[str, Any] = {}
 
-    def answers(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Reference]:
-        """One a prompt. From any one thread at a time."""
-        names = [_name(prompt, max_tokens) for prompt in prompts]
+    def answers(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, adapter: Path | None = None
+    ) -> list[Reference]:
+        """One a prompt. `adapter`: as `SingleVllm.answers` has it, recorded by its folder's name. From any one thread
+        at a time."""
+        behind = "" if adapter is None else f".{adapter.name}"
+        names = [_name(prompt, max_tokens) + behind for prompt in prompts]
         missing = [n for n, name in enumerate(names) if name not in self._recorded or os.environ.get("KVFERRY_RECORD")]
         if missing:
             warnings.warn(f"{self._model}: {len(missing)} answers are not recorded, a vLLM computes them", stacklevel=2)
             self._single = self._single or SingleVllm(self._folder, **self._args)
-            for n, answer in zip(missing, self._single.answers([prompts[n] for n in missing], max_tokens), strict=True):
-                self._computed[names[n]] = answer.to_json()
+            computed = self._single.answers([prompts[n] for n in missing], max_tokens, adapter)
+            self._computed |= {names[n]: answer.to_json() for n, answer in zip(missing, computed, strict=True)}
         return [Reference.from_json((self._recorded | self._computed)[name]) for name in names]
 
     def close(self) -> None:
@@ -98,31 +102,40 @@ class References:
             self._single.close()
         if os.environ.get("KVFERRY_RECORD") and self._computed:
             answers = _read_recorded()
-            answers[self._model] = answers.get(self._model, {}) | self._computed
+            here = answers.setdefault(_processor(), {})
+            here[self._model] = here.get(self._model, {}) | self._computed
             _write_recorded(answers)
 
 
 def _read_recorded() -> dict[str, Any]:
-    """Model -> name of a prompt -> answer. Empty if other versions gave them."""
+    """Kind of processor -> model -> name of a prompt -> answer. Empty if other versions gave them."""
     recorded: dict[str, Any] = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     return recorded["answers"] if recorded.items() >= _versions().items() else {}
 
 
 def _write_recorded(answers: dict[str, Any]) -> None:
     """One line an answer."""
-    models = [
+    kinds = [f'"{kind}": {{\n' + ",\n".join(_of_models(answers[kind])) + "\n}" for kind in sorted(answers)]
+    versions = [f'"{name}": "{version}"' for name, version in _versions().items()]
+    RECORDED.write_text("{\n" + ",\n".join([*versions, '"answers": {\n' + ",\n".join(kinds) + "\n}"]) + "\n}\n")
+
+
+def _of_models(answers: dict[str, Any]) -> list[str]:
+    return [
         f'"{model}": {{\n' + ",\n".join(f'"{name}": {json.dumps(of[name])}' for name in sorted(of)) + "\n}"
         for model, of in sorted(answers.items())
     ]
-    versions = [f'"{name}": "{version}"' for name, version in _versions().items()]
-    RECORDED.write_text("{\n" + ",\n".join([*versions, '"answers": {\n' + ",\n".join(models) + "\n}"]) + "\n}\n")
 
 
 def _versions() -> dict[str, str]:
-    """Of all that logits depend on. Kernels for other instructions round in another way, so a processor counts too."""
-    versions = {name: importlib.metadata.version(name) for name in ("vllm", "torch", "transformers")}
+    """Of all that logits depend on, but for the processor."""
+    return {name: importlib.metadata.version(name) for name in ("vllm", "torch", "transformers")}
+
+
+def _processor() -> str:
+    """What kernels it has instructions for: others round in another way."""
     flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
-    return versions | {"processor": " ".join(sorted(_KERNELS.intersection(flags)))}
+    return " ".join(sorted(_KERNELS.intersection(flags)))
 
 
 def _name(prompt: Sequence[int], max_tokens: int) -> str:

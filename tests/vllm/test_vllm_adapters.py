@@ -11,7 +11,7 @@ import pytest
 from support.cluster import ClusterHandle, cluster
 from support.tiny_adapters import RANK, make_tiny_adapter
 from support.vllm_questions import prompt_of
-from support.vllm_reference import Reference, SingleVllm
+from support.vllm_reference import Reference, References
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 NEW_TOKENS, LONG = 12, 160
@@ -29,7 +29,7 @@ async def ask(subject: ClusterHandle, name: str, prompt: list[int]) -> tuple[lis
 def references(model: Path, adapters: dict[str, Path]) -> dict[str, list[Reference]]:
     """By adapter's name, and by none of the model alone, what one vLLM answers PROMPTS; and with LONG tokens."""
     args = {"max_model_len": 1024, "enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
-    with closing(SingleVllm(model, **args)) as single:
+    with closing(References("tiny with adapters", model, **args)) as single:
         of_each = {name: single.answers(PROMPTS, NEW_TOKENS, adapters.get(name)) for name in (model.name, *adapters)}
         return of_each | {"long": single.answers(PROMPTS[:1], LONG, adapters["one"])}
 
