@@ -25,6 +25,7 @@ def formatter(kind: Kind, model: str, **shown: bool) -> OpenAIFormatter[Any]:
         "cached_tokens": 1,
         "num_choices": 2,
         "approximate_tokens": None,
+        "reasoning_tokens": None,
     }
     ids = {"prompt_token_ids": lambda _: [1, 2, 3], "prompts": [[1, 2, 3]]}
     asked = SimpleNamespace(id="x-1", shown=ShownFields(**shown), **ids, **counts)
