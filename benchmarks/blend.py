@@ -2,12 +2,12 @@
 
 Three documents of 300 tokens, each computed apart, joined behind a header, a question behind them. Full computation is
 the judge: divergence (KL, nats) of the first token and of 12 tokens led along the full one's, the share of them that
-are the same, planted facts found, and the processor's time for the first token. All ways run on one plain forward pass
-(`benchmarks.blend_reference`), so their times compare; CacheBlend is a reference implementation there. Then the
-product's own engine, first-k behind the header: time to the first token in full over that with reuse, at 900 and 3,000.
-Wanted: first-k 8 behind the header within 0.02 of CacheBlend 15 %'s agreement at a third of its time; first token 6
-times sooner at 900 tokens, 10 times at 3,000.
-Run: python -m benchmarks.blend [--samples 100] [--model FOLDER ...] (Debian: debian-reference-en, debian-faq)
+are the same, answers found where they are known, and the processor's time for the first token. All ways run on one
+plain forward pass (`benchmarks.blend_reference`) by turns, so their times compare; CacheBlend is a reference
+implementation there. Then the product's own engine, first-k behind the header: time to the first token in full over
+that with reuse, at 900 and 3,000. Wanted: first-k 8 behind the header within 0.02 of CacheBlend 15 %'s agreement at a
+third of its time; first token 6 times sooner at 900 tokens, 10 times at 3,000.
+Run: python -m benchmarks.blend [--samples 100] [--model FOLDER ...]; `benchmarks.blend_samples` says what it needs
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks.blend_reference import Layers, Reference
-from benchmarks.blend_samples import Sample, Samples
+from benchmarks.blend_samples import SOURCES, Sample, Samples
 from benchmarks.engine import MODEL
 from engines.paged.loop import EngineLoop
 from engines.paged.options import EngineOptions
@@ -36,8 +37,11 @@ from kvcore.clock import SystemClock
 from kvcore.config.schema import ModelConfig, TorchEngineConfig
 from nodeapi.documents import CompareReply, CompareRequest, Documents
 
+Run = Callable[[], tuple[Layers, torch.Tensor]]
+"""Gives the KV of all tokens, and log-probabilities behind the last one."""
 STEPS = 12
 BLOCK, CHUNK = 16, 64
+FAQ = SOURCES.index("faq")
 FULL, FIRST_K, BLEND = "full", "behind the header, first 8", "CacheBlend 15 %"
 SPEED = ((3, 300), (10, 300))
 """Documents and tokens of each, of the prompts whose first token is timed: about 900 and 3,000 tokens."""
@@ -57,7 +61,7 @@ class Outcome:
     kl_all: float
     same: float
     fact: float | None
-    """1: the answer has it. None: nothing was planted."""
+    """1: the answer has it. None: nobody knows a right one."""
 
 
 class Ways:
@@ -73,14 +77,14 @@ class Ways:
         both = [model.prefill(sample.header + document)[0] for document in sample.documents]
         self._behind = [[(k[header:], v[header:]) for k, v in kv] for kv in both]
 
-    def each(self) -> Iterator[tuple[str, Callable[[], tuple[Layers, torch.Tensor]]]]:
+    def each(self) -> Iterator[tuple[str, Run]]:
         """Their names, and what computes each. Putting cached KV together and turning it is part of a way's time."""
-        yield "joined, keys not turned", lambda: self._patched(self._joined(self._alone, None), 0)
+        yield "joined, keys not turned", partial(self._reused, self._alone, None, 0)
         for k in (0, 8, 16, 32):
-            yield f"turned, first {k}", lambda k=k: self._patched(self._joined(self._alone, 0), k)
+            yield f"turned, first {k}", partial(self._reused, self._alone, 0, k)
         behind = len(self._sample.header)
         for k in (0, 8, 16, 32):
-            yield f"behind the header, first {k}", lambda k=k: self._patched(self._joined(self._behind, behind), k)
+            yield f"behind the header, first {k}", partial(self._reused, self._behind, behind, k)
         yield BLEND, lambda: self._model.blend(self._ids, self._joined(self._alone, 0), 0.15, self._context)
 
     def _joined(self, cached: list[Layers], computed_at: int | None) -> Layers:
@@ -96,19 +100,21 @@ class Ways:
             out.append((torch.cat([*keys, room]), torch.cat([*values, room])))
         return out
 
-    def _patched(self, kv: Layers, k: int) -> tuple[Layers, torch.Tensor]:
+    def _reused(self, cached: list[Layers], computed_at: int | None, k: int) -> tuple[Layers, torch.Tensor]:
         firsts = [torch.arange(start, start + k) for start, _ in self._sample.spans]
         rows = torch.cat([*firsts, torch.arange(self._context, len(self._ids))])
-        return self._model.patch(self._ids, kv, rows)
+        return self._model.patch(self._ids, self._joined(cached, computed_at), rows)
 
 
 def judged(model: Reference, tokenizer: Tokenizer, sample: Sample) -> Iterator[Outcome]:
     """Every way on one sample."""
-    began = time.process_time()
-    kv, said = model.prefill(sample.prompt)
-    full_s = time.process_time() - began
+    done = [(FULL, *timed(lambda: model.prefill(sample.prompt)))]
+    done += [(way, *timed(run)) for way, run in Ways(model, sample).each()]
+    _, full_s, (kv, said) = done[0]
     answer = model.greedy(kv, said, STEPS)
-    behind = torch.cat((said[None], model.follow(kv, answer)[:-1]))
+    firsts = torch.stack([said for _, _, (_, said) in done])
+    said_by = torch.cat((firsts[:, None], model.follow([kv for _, _, (kv, _) in done], answer)[:, :-1]), 1)
+    behind = said_by[0]
 
     def outcome(way: str, cpu_s: float, rows: torch.Tensor) -> Outcome:
         kl = (behind.exp() * (behind - rows)).sum(-1)
@@ -127,21 +133,24 @@ def judged(model: Reference, tokenizer: Tokenizer, sample: Sample) -> Iterator[O
             fact=float(sample.fact in text) if sample.fact else None,
         )
 
-    yield outcome(FULL, full_s, behind)
-    for way, run in Ways(model, sample).each():
-        began = time.process_time()
-        kv, said = run()
-        cpu_s = time.process_time() - began
-        yield outcome(way, cpu_s, torch.cat((said[None], model.follow(kv, answer)[:-1])))
+    for (way, cpu_s, _), rows in zip(done, said_by, strict=True):
+        yield outcome(way, cpu_s, rows)
 
 
-def some(folder: str, numbers: list[int]) -> list[Outcome]:
-    """What a worker process does: these samples, on one thread."""
+def timed(run: Run) -> tuple[float, tuple[Layers, torch.Tensor]]:
+    """Seconds of the processor, and what came of it."""
+    began = time.process_time()
+    out = run()
+    return time.process_time() - began, out
+
+
+def some(folder: str, tokens: int, numbers: list[int]) -> list[Outcome]:
+    """What a worker process does: these samples, on one thread. `tokens`: of each document."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
     samples, model = Samples(lambda text: list(tokenizer.encode(text).ids)), Reference(Path(folder))
-    return [outcome for number in numbers for outcome in judged(model, tokenizer, samples.one(number))]
+    return [outcome for number in numbers for outcome in judged(model, tokenizer, samples.one(number, tokens))]
 
 
 def row(model: str, source: str, outcomes: list[Outcome]) -> dict[str, object]:
@@ -168,7 +177,7 @@ def rows_of(model: str, outcomes: list[Outcome]) -> list[dict[str, object]]:
     order = list(dict.fromkeys(outcome.way for outcome in outcomes))
     by_way = sorted(outcomes, key=lambda outcome: order.index(outcome.way))
     rows = [row(model, "all", list(group)) for _, group in groupby(by_way, lambda outcome: outcome.way)]
-    for source in ("reference", "faq"):
+    for source in SOURCES:
         part = [outcome for outcome in by_way if outcome.source == source]
         rows += [row(model, source, list(group)) for _, group in groupby(part, lambda outcome: outcome.way)]
     return rows
@@ -184,7 +193,9 @@ async def speed(folder: str, rounds: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     async with EngineLoop(runner, None, options, SystemClock()) as engine:
         for count, tokens in SPEED:
-            replies = [await compared(engine, samples.one(1 + 2 * at, tokens, count)) for at in range(rounds + 1)][1:]
+            replies = [
+                await compared(engine, samples.one(FAQ + len(SOURCES) * at, tokens, count)) for at in range(rounds + 1)
+            ][1:]
             rows.append(
                 {
                     "tokens": count * tokens,
@@ -215,7 +226,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", action="append", metavar="FOLDER", help=f"more than one may be given ({MODEL})")
     parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5, help="of the product's engine, at each length")
+    parser.add_argument("--tokens", type=int, default=300, help="of each of the three documents")
+    parser.add_argument("--rounds", type=int, default=5, help="of the product's engine, at each length; 0: none")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     options = parser.parse_args()
     rows, speeds = [], {}
@@ -224,9 +236,9 @@ def main() -> None:
         name = Path(folder).name
         parts = [list(range(first, options.samples, options.workers)) for first in range(options.workers)]
         with ProcessPoolExecutor(options.workers) as workers:
-            done = list(workers.map(some, [folder] * len(parts), parts))
+            done = list(workers.map(some, [folder] * len(parts), [options.tokens] * len(parts), parts))
         rows += rows_of(name, [outcome for part in done for outcome in part])
-        speeds[name] = asyncio.run(speed(folder, options.rounds))
+        speeds[name] = asyncio.run(speed(folder, options.rounds)) if options.rounds else []
     columns = ("model", "source", "way", "cpu_ms", "share", "kl_first", "first_same", "kl", "agreement", "facts")
     print("\t".join(columns))
     for line in rows:

@@ -1,4 +1,4 @@
-"""A Llama's forward pass in plain torch, any rows of it over any KV: ways to reuse documents are measured on it.
+"""A Llama's or Qwen2's forward pass in plain torch, any rows of it over any KV, to measure ways to reuse documents.
 
 Float32, one sequence, nothing paged. CacheBlend (arXiv 2405.16444) is done as LMCache 0.5.6 does it: layers before the
 check layer are computed for all tokens; there, the rows whose keys moved most are chosen, and go on alone.
@@ -39,11 +39,11 @@ class Reference:
         return self._run(self._embedding[torch.tensor(ids)], rows, lambda _layer, k, v: (k, v), empty, 0)
 
     def patch(self, ids: Sequence[int], kv: Layers, rows: torch.Tensor) -> tuple[Layers, torch.Tensor]:
-        """As `prefill`, with only `rows` computed, sorted and the last one among them, over `kv` of all tokens."""
+        """As `prefill`, with only `rows` computed, sorted and the last one among them, into `kv` of all tokens."""
         return self._patch(self._embedding[torch.tensor(ids)[rows]], kv, rows, 0)
 
     def blend(self, ids: Sequence[int], kv: Layers, ratio: float, context: int) -> tuple[Layers, torch.Tensor]:
-        """CacheBlend: that share of the first `context` tokens is computed, and all of the rest."""
+        """CacheBlend: that share of the first `context` tokens is computed into `kv`, and all of the rest."""
         every = torch.arange(len(ids))
         hidden, out = self._embedding[torch.tensor(ids)], []
         for layer in range(CHECK_LAYER):
@@ -56,20 +56,25 @@ class Reference:
         rows = torch.cat((chosen, every[context:]))
         return self._patch(hidden[rows], out + kv[CHECK_LAYER:], rows, CHECK_LAYER)
 
-    def follow(self, kv: Layers, tokens: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities behind each of `tokens`, which stand behind `kv`: [tokens, vocabulary]."""
-        rows = torch.arange(len(kv[0][0]), len(kv[0][0]) + len(tokens))
-        hidden = self._embedding[torch.tensor(tokens)]
-        for layer, (before_k, before_v) in enumerate(kv):
-            q, k, v = self._qkv(layer, hidden, rows)
-            hidden = self._rest(layer, hidden, q, rows, (torch.cat((before_k, k)), torch.cat((before_v, v))))
+    def follow(self, each: Sequence[Layers], tokens: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities behind each of `tokens`, which stand behind every KV of `each`, all of one length.
+
+        [KVs, tokens, vocabulary]. At once: it takes as long as the weights take to be read, once.
+        """
+        rows = torch.arange(len(each[0][0][0]), len(each[0][0][0]) + len(tokens))
+        hidden = self._embedding[torch.tensor(tokens)].expand(len(each), -1, -1)
+        for layer in range(self.num_layers):
+            q, *new = self._qkv(layer, hidden, rows)
+            before = zip(*(kv[layer] for kv in each), strict=True)
+            every_k, every_v = (torch.cat((torch.stack(old), fresh), 1) for old, fresh in zip(before, new, strict=True))
+            hidden = self._rest(layer, hidden, q, rows, (every_k, every_v))
         return self._said(hidden)
 
     def greedy(self, kv: Layers, said: torch.Tensor, count: int) -> list[int]:
         """The likeliest `count` tokens behind `kv`, of which the first comes from `said`."""
         tokens = [int(said.argmax())]
         while len(tokens) < count:
-            tokens.append(int(self.follow(kv, tokens)[-1].argmax()))
+            tokens.append(int(self.follow([kv], tokens)[0, -1].argmax()))
         return tokens
 
     def turned(self, keys: torch.Tensor, distance: int) -> torch.Tensor:
@@ -78,7 +83,7 @@ class Reference:
 
     def _patch(self, hidden: torch.Tensor, kv: Layers, rows: torch.Tensor, first: int) -> tuple[Layers, torch.Tensor]:
         def joined(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            every_k, every_v = kv[layer][0].clone(), kv[layer][1].clone()
+            every_k, every_v = kv[layer]
             every_k[rows], every_v[rows] = k, v
             return every_k, every_v
 
@@ -112,9 +117,11 @@ class Reference:
         at = f"model.layers.{layer}."
         normed = self._norm(hidden, f"{at}input_layernorm.weight")
         q, k, v = (
-            functional.linear(normed, self._weights[f"{at}self_attn.{name}_proj.weight"]).view(
-                len(hidden), -1, self.head_dim
-            )
+            functional.linear(
+                normed,
+                self._weights[f"{at}self_attn.{name}_proj.weight"],
+                self._weights.get(f"{at}self_attn.{name}_proj.bias"),
+            ).view(*hidden.shape[:-1], -1, self.head_dim)
             for name in "qkv"
         )
         return self._turn(q, positions), self._turn(k, positions), v
@@ -128,16 +135,14 @@ class Reference:
         kv: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         (every_k, every_v), at = kv, f"model.layers.{layer}."
-        mask = torch.arange(len(every_k))[None] <= rows[:, None]
+        whole = len(rows) == every_k.shape[-3]
+        mask = None if whole else torch.arange(every_k.shape[-3])[None] <= rows[:, None]
+        queries, keys, values = (heads.view(-1, *heads.shape[-3:]).transpose(1, 2) for heads in (q, every_k, every_v))
         seen = functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            every_k.transpose(0, 1)[None],
-            every_v.transpose(0, 1)[None],
-            attn_mask=mask[None, None],
-            enable_gqa=True,
-        )[0].transpose(0, 1)
+            queries, keys, values, attn_mask=mask, is_causal=whole, enable_gqa=True
+        ).transpose(1, 2)
         hidden = hidden + functional.linear(
-            seen.reshape(len(hidden), -1), self._weights[f"{at}self_attn.o_proj.weight"]
+            seen.reshape(*hidden.shape[:-1], -1), self._weights[f"{at}self_attn.o_proj.weight"]
         )
         normed = self._norm(hidden, f"{at}post_attention_layernorm.weight")
         gate, up, down = (self._weights[f"{at}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))

@@ -1,16 +1,20 @@
-"""Prompts with documents: of Debian's reference with a planted fact each, and of Debian's FAQ, questions with answers.
+"""Prompts with documents of three sources, by turns: texts with a planted fact, a FAQ, and stories with questions.
 
-Both are Debian packages: debian-reference-en and debian-faq (apt-get install).
+Debian's reference and FAQ are Debian packages: debian-reference-en and debian-faq (apt-get install). The stories and
+their questions are the set "theory_of_mind" in the wheel of inspect-ai (MIT; pip install --no-deps inspect-ai).
 """
 
 import html
+import json
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 REFERENCE, FAQ = Path("/usr/share/debian-reference"), Path("/usr/share/doc/debian/FAQ")
+SOURCES = ("reference", "faq", "stories")
 HEADER = (
     "You are a careful assistant. Read the documents below and answer the question that follows them in a few words.\n"
 )
@@ -65,11 +69,16 @@ class Samples:
         self._paragraphs = [text for text in every if len(text) > 150]
         entries = [pair for page in sorted(FAQ.glob("*.en.html")) for pair in _ENTRY.findall(page.read_text())]
         self._entries = [(re.sub(r"^[\d.]+ ", "", _plain(title)), _plain(body)) for title, body in entries]
+        self._stories = _stories()
 
     def one(self, number: int, tokens: int = 300, count: int = 3) -> Sample:
         """With so many documents of about so many tokens; the sources by turns."""
         chance = random.Random(1000 + number)
-        return self._of_faq(chance, tokens, count) if number % 2 else self._of_reference(chance, tokens, count)
+        if (source := SOURCES[number % len(SOURCES)]) == "faq":
+            return self._of_faq(chance, tokens, count)
+        if source == "reference":
+            return self._of_reference(chance, tokens, count)
+        return self._of_stories(number // len(SOURCES), chance, tokens, count)
 
     def _of_reference(self, chance: random.Random, tokens: int, count: int) -> Sample:
         ships, (thing, values) = chance.sample(_SHIPS, count), chance.choice(sorted(_FACTS.items()))
@@ -98,6 +107,35 @@ class Samples:
             documents.append(ids[:tokens])
         asks = f"\n\nQuestion: {chance.choice(titles)}\nAnswer:"
         return Sample("faq", self._encode(HEADER), documents, self._encode(asks))
+
+    def _of_stories(self, number: int, chance: random.Random, tokens: int, count: int) -> Sample:
+        story, question, answer = self._stories[number % len(self._stories)]
+        others = sorted({other for other, _, _ in self._stories} - {story})
+        chance.shuffle(others)
+        texts = [[story], *([] for _ in range(count - 1))]
+        for text in texts:
+            while others and len(self._encode(_paragraphs([*text, others[-1]]))) <= tokens:
+                text.append(others.pop())
+            chance.shuffle(text)
+        chance.shuffle(texts)
+        documents = [self._encode(_paragraphs(text)) for text in texts]
+        asks = f"\n\nQuestion: {question}\nAnswer: In the"
+        return Sample("stories", self._encode(HEADER), documents, self._encode(asks), answer)
+
+
+def _stories() -> list[tuple[str, str, str]]:
+    """Each question: its story, itself, and the answer's word."""
+    spec = find_spec("inspect_ai")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("inspect_ai is not there: pip install --no-deps inspect-ai")
+    file = Path(spec.submodule_search_locations[0]) / "dataset/_examples/theory_of_mind.jsonl"
+    every = [json.loads(line) for line in file.read_text().splitlines()]
+    texts = [(one["input"][0]["content"].rpartition(". "), one["target"]) for one in every]
+    return [(f"{story}.", question, answer) for (story, _, question), answer in texts]
+
+
+def _paragraphs(stories: list[str]) -> str:
+    return "".join(f"\n{story}\n" for story in stories)
 
 
 def _plain(marked: str) -> str:
