@@ -79,7 +79,7 @@ class Reference:
 
     def turned(self, keys: torch.Tensor, distance: int) -> torch.Tensor:
         """K of tokens that stand `distance` further than where it was computed."""
-        return self._turn(keys, torch.full((len(keys),), distance))
+        return self._turn(keys, torch.tensor([distance]))
 
     def _patch(self, hidden: torch.Tensor, kv: Layers, rows: torch.Tensor, first: int) -> tuple[Layers, torch.Tensor]:
         def joined(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
