@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from canitoolcall.checks import case_status, run_checks
@@ -19,6 +20,7 @@ from router.parsing.dialects import DIALECTS, AnswerParser
 from router.parsing.events import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
 
 pytestmark = pytest.mark.slow
+PAGE = Path(__file__).parents[2] / "docs/openai.md"
 NAMES = {
     "qwen3-hermes": "hermes",
     "qwen3-xml": "qwen3_xml",
@@ -110,6 +112,14 @@ def test_all_is_parsed_as_the_suite_has_it_but_what_is_known_and_said(failed: di
     assert {name: why for name, why in failed.items() if name not in KNOWN and name not in cut_off} == {}
     assert set(KNOWN) <= set(failed), "what passes now is no longer known to fail"
     assert len(failed) <= 25, "vLLM 0.30's parsers fail 115 of them, by the suite's own table"
+
+
+def test_the_page_says_how_many_of_each_family_are(failed: dict[str, str]) -> None:
+    families = {fixture.id: fixture.family for fixture in load_fixtures()}
+    fails = Counter(families[name] for name in failed)
+    shown = re.findall(r"^\| ([a-z0-9-]+) \| (\d+) \| (\d+) \|$", PAGE.read_text(), re.M)
+    counts = sorted(Counter(families.values()).items())
+    assert shown == [(family, str(count), str(count - fails[family])) for family, count in counts]
 
 
 def test_an_answer_that_was_cut_off_makes_no_call_in_one_body() -> None:
