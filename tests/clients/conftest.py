@@ -18,6 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {
+    "test_openai.py": "openai",
+    "test_anthropic.py": "anthropic",
     "test_litellm.py": "litellm",
     "test_langchain.py": "langchain-openai",
     "test_llama_index.py": "llama-index-llms-openai-like",

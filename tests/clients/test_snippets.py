@@ -16,7 +16,7 @@ def test_there_is_one_of_each() -> None:
 
 def test_the_versions_are_those_that_are_installed() -> None:
     shown = re.findall(r"^\| .*`([a-z-]+)`\) \| ([0-9.]+) \|", PAGE, re.M)
-    assert len(shown) == 6
+    assert len(shown) == 8
     here = [(name, version) for name, version in shown if name not in ("aiperf", "guidellm")]
     assert here == [(name, importlib.metadata.version(name)) for name, _ in here]
 

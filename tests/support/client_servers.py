@@ -42,7 +42,7 @@ async def late() -> AsyncIterator[str]:
         rig.cluster.nodes[node.id].touch()
     server = AsgiServer(rig.app, "127.0.0.1", 0)
     await server.start()
-    async with aiohttp.ClientSession(server.url) as session:
+    async with aiohttp.ClientSession(server.url, timeout=aiohttp.ClientTimeout(total=None)) as session:
         asked = [
             asyncio.create_task(session.post("/v1/completions", json={"prompt": f"{number}" * 1000, "max_tokens": 4}))
             for number in range(2)
