@@ -164,7 +164,7 @@ def _moves(
         _Move(_moving_s((own + promotion.near) * size, node.near_rate), Blamed(node.id, "near")),
         _Move(far_s, Blamed(node.id, "far")),
     )
-    put_rate = node.put_rates.get(decoder.machine, 0.0) if node.machine != decoder.machine else 0.0
+    put_rate = node.put_rate(decoder.machine, request.now)
     handed = max(0.0, (full - cached) * size - documents.in_reach * token_bytes)
     handed_s = handed / decoder.near_rate if decoder.near_rate else 0.0
     return (

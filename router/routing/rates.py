@@ -63,9 +63,11 @@ class Rate:
 
     def outlasted(self, amount: float, seconds: float, now: float) -> None:
         """So much was given up after so long. What is too slow ever to be measured would be believed to be fast, or to
-        cost nothing, for ever."""
+        cost nothing, for ever. Where it took no longer than was expected, it was tried and has not shown to be fast."""
         if seconds > 0 and self.limits.late * amount * self.seconds <= self.amount * seconds:
             self.add(amount, seconds, now)
+        elif seconds > 0:
+            self.doubt = Doubt(now)
 
     def told(self, move: Moved, now: float) -> None:
         """Bytes that crossed, or that were too late."""
@@ -87,11 +89,6 @@ class Rate:
         return self.count == 1
 
     @property
-    def measured_at(self) -> float:
-        """The last time."""
-        return self._at
-
-    @property
     def per_s(self) -> float:
         """0: not known."""
         return self.amount / self.seconds if self.seconds else 0.0
@@ -103,7 +100,7 @@ class Rate:
 
 
 class PairRate(NamedTuple):
-    """Bytes a second between two machines, and when that was last measured."""
+    """Bytes a second between two machines, and when that was last measured or tried."""
 
     per_s: float
     at: float
@@ -183,11 +180,11 @@ class NodeRates:
 
     def read_rates(self) -> dict[str, PairRate]:
         """Bytes a second by machine."""
-        return {machine: PairRate(rate.per_s, rate.measured_at) for machine, rate in self.reads.items()}
+        return {machine: PairRate(rate.per_s, rate.doubt.since) for machine, rate in self.reads.items()}
 
-    def put_rates(self) -> dict[str, float]:
-        """Bytes a second by machine."""
-        return {machine: rate.per_s for machine, rate in self.puts.items()}
+    def put_rates(self) -> dict[str, PairRate]:
+        """As `read_rates`."""
+        return {machine: PairRate(rate.per_s, rate.doubt.since) for machine, rate in self.puts.items()}
 
     def doubts(self) -> dict[tuple[RateKind, str], Doubt]:
         """Of each rate by which ways are compared. The machine is that of `put`, or empty."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import xxhash
 
+from kvcore.chunk_keys import usable_chunks
 from router.routing.limits import RateLimits
 from router.routing.policy import Scorer, no_scores
 from router.routing.promotion import promoting_tokens
@@ -71,6 +72,28 @@ def _slowed(
     ]
 
 
+def _handing_over(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
+    there = decoder.machine if decoder is not None else ""
+    rates = [node.put_rate(there, request.now) for node in nodes] if there else []
+    if not any(rates):
+        return no_scores(len(nodes))
+    known = [_beyond_computing(request, node, rate) if rate else None for node, rate in zip(nodes, rates, strict=True)]
+    least = min(tokens for tokens in known if tokens is not None)
+    return [
+        0.0 if node.machine == there else least if tokens is None else tokens
+        for node, tokens in zip(nodes, known, strict=True)
+    ]
+
+
+def _beyond_computing(request: RouteRequest, node: NodeView, rate: float) -> float:
+    """Chunks are written while the next ones are computed."""
+    size = node.kv_spec.chunk_bytes if node.kv_spec is not None else 0
+    full = usable_chunks(request.prompt_tokens, node.chunk_tokens)
+    cached = min(full, request.hits_for(node).in_reach_of(node.id))
+    rest = request.prompt_tokens - cached * node.chunk_tokens
+    return max(0.0, (full - cached) * size / rate * node.prefill_rate - rest)
+
+
 def _tier_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
     if not any(hits.in_tiers for hits in request.hits.values()):
         return no_scores(len(nodes))
@@ -104,5 +127,8 @@ nodes cannot read each other's, to compute them, which counts so many times."""
 TIER_TOKENS = Scorer("tier_tokens", _tier_tokens)
 """What tiers have of the prompt behind what is in memory, in tokens that the node would compute in the time in which it
 has it: a node on whose disk it lies has it sooner than one that must have it brought by way of another."""
+HANDING_OVER = Scorer("handing_over", _handing_over)
+"""What a prefiller could compute in the time in which it only writes what it has computed to the decoder's machine. A
+link of which nothing was measured of late is taken to be as good as the best."""
 SESSIONS = Scorer("session", _sessions)
 """Between 0 and 1, the least on the session's own node: so little that it only decides between nodes that are equal."""

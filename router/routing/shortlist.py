@@ -2,7 +2,7 @@
 
 For rules that ask of a node no more than its load and what it has of the prompt (`Rules.by_load`): of all nodes that
 have nothing of it only the least loaded can be the best. Two things are seen more coarsely than by a look at each node:
-which of several equal ones is taken, and whose link to the prompt's KV is slow, as links are compared among these few.
+which of several equal ones is taken, and whose link to the KV or the decoder is slow, as links are compared among few.
 """
 
 from bisect import bisect_right

@@ -96,7 +96,7 @@ class NodeView:
     """… of each machine."""
     machine: str = ""
     """Where its memory lies; empty: not known."""
-    put_rates: Mapping[str, float] = field(default_factory=dict)
+    put_rates: Mapping[str, PairRate] = field(default_factory=dict)
     """Bytes of KV a second that it writes, by machine."""
     doubts: Mapping[tuple[RateKind, str], Doubt] = field(default_factory=dict)
     """What may be doubted of these rates; the machine is that of `put`, or empty."""
@@ -120,6 +120,11 @@ class NodeView:
             return self.near_rate
         pair = self.read_rates.get(machine)
         return pair.per_s if pair is not None and now - pair.at < limits.pair_s else self.far_rate
+
+    def put_rate(self, machine: str, now: float, limits: RateLimits = RateLimits()) -> float:
+        """Into the memory of another machine; 0: not known, not any more, or its own."""
+        pair = self.put_rates.get(machine) if machine != self.machine else None
+        return pair.per_s if pair is not None and now - pair.at < limits.pair_s else 0.0
 
     def ahead_tokens(self, now: float) -> float:
         """To compute before it begins with what it is given now."""

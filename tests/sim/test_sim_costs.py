@@ -198,3 +198,21 @@ def test_a_client_that_leaves_says_nothing_of_a_link():
         assert not load.cluster.nodes["p0"].rates.puts
 
     run_sim(main)
+
+
+def test_a_prefiller_whose_link_to_the_decoder_is_slow_leaves_its_prompts_to_another():
+    """It would be idle for ever, and so chosen each time, and each time the decoder would compute."""
+
+    async def main() -> None:
+        load = Load(Machine(prefillers=2, decoders=1, apart=True), router={"first_token_s": None})
+        await load.prober.probe()
+        await load.warm_up()
+        load.cluster.nodes["d0"].rates.prefilled(1000, 1.0, 0.0)
+        for node, rate in zip(load.nodes.nodes, (SLOW / 25, FAST), strict=False):
+            node.write_rate = rate
+        await asked(load, 10.0)
+        found = await asked(load, 110.0)
+        used = [record.route.prefiller for _, record in found if record.route is not None]
+        assert used.count("p1") > 0.95 * len(found), used
+
+    run_sim(main)

@@ -20,7 +20,7 @@ from router.routing.limits import RateLimits
 from router.routing.policies import prefix_aware
 from router.routing.policy import STAYS, TRIES
 from router.routing.rates import NO_DOUBT, Doubt, NodeRates, PairRate, Rate
-from router.routing.scorers import REMOTE_TOKENS
+from router.routing.scorers import HANDING_OVER, REMOTE_TOKENS
 from router.routing.views import ClusterView, NodeView, RouteRequest
 
 KV = spec(chunk_bytes=1 << 20)
@@ -189,7 +189,7 @@ def test_a_way_is_doubted_by_those_that_avoid_it_until_it_is_measured_or_tried()
 def test_what_a_prefiller_writes_counts_by_the_machine_that_it_writes_to():
     """While it computes it writes: only what takes longer than that is waited for."""
     request, handed = asked(2000), 124 * KV.chunk_bytes
-    writes = replace(P, machine="here", put_rates={"here": 1e7, "there": 1e7})
+    writes = replace(P, machine="here", put_rates=dict.fromkeys(("here", "there"), PairRate(1e7, 90.0)))
     near, far = (ways(request, replace(D, machine=machine), writes)[1] for machine in ("here", "there"))
     assert near.handoff_s == pytest.approx(handed / (4 * GB)), "on one machine the decoder's reading alone"
     assert far.handoff_s == pytest.approx(handed / 1e7 - far.compute_s + handed / (4 * GB))
@@ -371,3 +371,18 @@ async def test_a_prompt_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatc
         found = rig.dispatcher.route(asked)
         assert found.route is not None and found.route.expected_cached_tokens == 96
     assert len(hashed) == 1 and not dataclasses.replace(asked, prompt_token_ids=[1]).keys, "another prompt's are others"
+
+
+def test_a_prefiller_counts_more_for_what_it_only_writes_after_computing():
+    away, full = replace(D, machine="there"), 124 * KV.chunk_bytes
+    slow, fast = ({"there": PairRate(full / seconds, 0.0)} for seconds in (10.0, 0.01))
+    nodes = [
+        replace(P, id=str(number), machine="here", put_rates=pairs) for number, pairs in enumerate((slow, fast, {}))
+    ]
+    nodes.append(replace(P, id="beside", machine="there", put_rates=slow))
+    score = lambda request, some=nodes: HANDING_OVER.score(request, some, away)  # noqa: E731
+    assert score(asked(2000)) == [pytest.approx(10 * RATE - 2000), 0.0, 0.0, 0.0]
+    assert score(asked(2000), [nodes[0], nodes[2]]) == [pytest.approx(10 * RATE - 2000)] * 2, "no better than is known"
+    assert not any(score(replace(asked(2000), now=40.0))), "it is tried again"
+    assert not any(HANDING_OVER.score(asked(2000), nodes, None))
+    assert chosen(asked(2000), away, prefiller=nodes[0]) == (None, STAYS)

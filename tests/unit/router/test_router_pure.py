@@ -194,10 +194,11 @@ def test_a_decision_says_what_each_node_scored_and_who_was_left_out_and_why() ->
     seen = ClusterView(seen.prefillers, seen.decoders, (LeftOut("d3", Role.DECODER, "draining"),))
     decision = AWARE.choose(RouteRequest(1001, 64, hits=hits, exclude=frozenset(["p1"])), seen)
     others = {"tier_tokens": 0.0, "session": 0.0}
+    prefillers = dict.fromkeys(("prefill_tokens", "remote_tokens", "tier_tokens", "handing_over"), 0.0)
     assert decision.candidates() == [
         Candidate("d1", Role.DECODER, 25.0, {"sequences": 0.0, "remote_tokens": 25.0, **others}),
         Candidate("d0", Role.DECODER, 253.0, {"sequences": 128.0, "remote_tokens": 125.0, **others}),
-        Candidate("p0", Role.PREFILLER, 0.0, {"prefill_tokens": 0.0, "remote_tokens": 0.0, "tier_tokens": 0.0}),
+        Candidate("p0", Role.PREFILLER, 0.0, prefillers),
     ]
     assert decision.left_out() == [
         LeftOut("d3", Role.DECODER, "draining"),
