@@ -32,6 +32,8 @@ from nodeapi.documents import CompareReply, CompareRequest, Documents
 from router.documents.named import PromptTokens
 from router.documents.reading import PromptReader
 from router.requests.spec import ChatPrompt, TextPrompt
+from router.shadow.judging import at_most
+from router.shadow.limits import BlendGateLimits
 from router.text.tokenizer import FolderTokenizer, Tokenizer
 
 KS = (0, 8, 16, 32)
@@ -205,7 +207,9 @@ async def _compared(engine: Engine, prompt: PromptTokens, k: int, deadline_s: fl
 
 
 def _setting(k: int, replies: Sequence[CompareReply], limits: BlendConfig) -> CheckedSetting:
-    kl, agreement = statistics.mean(one.kl[0] for one in replies), statistics.mean(one.agreement for one in replies)
+    most = BlendGateLimits().most_nats  # as the gate counts them
+    kl = statistics.mean(at_most(one.kl[0], most) for one in replies)
+    agreement = statistics.mean(one.agreement for one in replies)
     return CheckedSetting(
         k=k,
         questions=len(replies),

@@ -119,6 +119,7 @@ async def test_documents_are_found_on_another_nodes_disk_after_the_cluster_was_s
 
 
 @with_redis
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("kv", ["", "kv.encrypt=true"])
 async def test_documents_are_found_in_redis_after_the_cluster_was_stopped(tmp_path: Path, kv: str) -> None:
     with redis_server() as server:
