@@ -7,6 +7,7 @@ import importlib.util
 import os
 import secrets
 import weakref
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ from typing import Any, Self
 from kvcore.config.fields import ByteSize
 from kvcore.config.parse import parse_byte_size
 from kvcore.config.schema import ClusterConfig, ModelConfig
-from kvcore.errors import ConfigError
+from kvcore.errors import ConfigError, InvalidRequestError
 from kvferry.offline.cluster import (
     PRIVATE_PORTS,
     StoreCluster,
@@ -28,6 +29,8 @@ from kvferry.offline.cluster import (
     read_store,
 )
 from kvferry.offline.store import OfflineStore, free_ports, own_address
+from router.documents.writing import DocumentWriter, document_texts
+from router.requests.spec import TextPrompt
 
 _LOOPBACK = "127.0.0.1"
 
@@ -97,9 +100,19 @@ class LLM:
             raise RuntimeError("this LLM was closed")
         return self._llm
 
-    def generate(self, prompts: Any, sampling_params: Any = None, **arguments: Any) -> list[Any]:
-        """As vllm.LLM.generate: one RequestOutput a prompt."""
-        outputs: list[Any] = self.engine.generate(prompts, sampling_params, **arguments)
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: Any = None,
+        *,
+        documents: Sequence[str | Mapping[str, object]] = (),
+        **arguments: Any,
+    ) -> list[Any]:
+        """As vllm.LLM.generate: one RequestOutput a prompt. `documents` come before each prompt, as those of a
+        completion do; vLLM computes them as all other text, and reuses what is found by its prefix. Raises
+        InvalidRequestError for documents without a text, or beside a prompt that is none."""
+        placed = _behind(documents, prompts) if documents else prompts
+        outputs: list[Any] = self.engine.generate(placed, sampling_params, **arguments)
         return outputs
 
     def chat(self, messages: Any, sampling_params: Any = None, **arguments: Any) -> list[Any]:
@@ -111,6 +124,18 @@ class LLM:
         """End vLLM, then the store's processes. Idempotent; also done at the end of the program."""
         self._llm = None
         self._close()
+
+
+def _behind(documents: Sequence[str | Mapping[str, object]], prompts: Any) -> str | list[str]:
+    texts, several = document_texts(documents), not isinstance(prompts, str)
+    placed = list[str]()
+    for prompt in prompts if several else [prompts]:
+        if not isinstance(prompt, str):
+            raise InvalidRequestError("documents come before a prompt of text, and this one is none", param="documents")
+        written = DocumentWriter(None, marks=False).written(TextPrompt(prompt, documents=texts), by_template=False)
+        assert isinstance(written, TextPrompt)
+        placed.append(written.text)
+    return placed if several else placed[0]
 
 
 def check_vllm() -> None:

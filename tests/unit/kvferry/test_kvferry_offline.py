@@ -29,7 +29,7 @@ from kvcore.config.schema import (
     TorchEngineConfig,
     VllmEngineConfig,
 )
-from kvcore.errors import ConfigError
+from kvcore.errors import ConfigError, InvalidRequestError
 from kvcore.handoff import HandoffKind
 from kvcore.identity import ClusterIdentity
 from kvcore.ports import base_url
@@ -358,3 +358,35 @@ def test_a_name_that_the_package_has_not_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = kvferry.Nothing
+
+
+# --- documents ---
+
+
+class Echo:
+    """In the place of vLLM's."""
+
+    def generate(self, prompts, sampling_params):
+        return prompts
+
+
+def echoing() -> LLM:
+    llm = object.__new__(LLM)
+    llm._llm = Echo()
+    return llm
+
+
+def test_documents_come_before_each_prompt_as_those_of_a_completion():
+    documents = ["a text", {"title": "Ferries", "text": "another"}]
+    assert echoing().generate("which?", documents=documents) == "a text\n\nFerries\nanother\n\nwhich?"
+    assert echoing().generate(["which?", "why?"], documents=documents[:1]) == ["a text\n\nwhich?", "a text\n\nwhy?"]
+    assert echoing().generate(["which?"]) == ["which?"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "documents", "words"),
+    [([{"prompt_token_ids": [1]}], ["a text"], "a prompt of text"), ("which?", [{"title": "a"}], "text is missing")],
+)
+def test_documents_that_cannot_be_placed_are_refused_by_name(prompts, documents, words):
+    with pytest.raises(InvalidRequestError, match=words):
+        echoing().generate(prompts, documents=documents)
