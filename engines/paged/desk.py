@@ -2,8 +2,9 @@
 
 Nothing of a document is held for a request: what is ready can be found by its keys, as any chunk, until room is needed.
 One that cannot be got ready is computed where it stands, with the rest of the prompt, so nothing here fails a request.
-Each is got once for all requests that want it (`errands`), in two stages: what another node computes is waited for, as
-long as the request may wait; then what the store has is loaded, and what it lacks is computed.
+Each is got once for all requests that want it (`errands`), in two stages: what the request's other node computes is
+waited for, as long as the request may wait; then what the store has is loaded, and what it lacks is computed. Room in
+the store is the claim to compute it, as it is for a prefix: where another node was faster, that one is waited for.
 """
 
 import asyncio
