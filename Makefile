@@ -25,7 +25,7 @@ SLOW := slow and not ucx and not vllm and not clients
 BESIDE := $(MAKE) ucx nixl slow vllm light-clients
 
 test: check   ## everything: `check`, UCX, NIXL, the tests that need the demo model or whole clusters, vLLM
-	scripts/beside.sh '$(PYTEST) $(PATIENT) -m "$(SLOW)" --timeout 1800' '$(BESIDE)'
+	scripts/beside.sh '$(PYTEST) $(PATIENT) -m "$(SLOW)" -n 2 --dist loadfile --no-loadscope-reorder --timeout 3600' '$(BESIDE)'
 
 slow: $(VENV)/.demo-model $(VENV)/valkey/.installed   ## whole clusters and what takes long, but for virtual time
 	$(PYTEST) tests $(addprefix --ignore ,$(PATIENT)) -m "$(SLOW)" -n 2 --dist loadfile --no-loadscope-reorder
