@@ -43,21 +43,20 @@ async def test_workers_write_sealed_chunks_and_load_no_forged_one(
         "router.min_prefill_tokens=0",
         "router.decoder_prefill=needed",
         "engine.args.kv-cache-memory-bytes=14M",
-        *(f"nodes.{node}.segment=64MiB" for node in ("prefill-0", "decode-0", "decode-1")),
+        "engine.args.enable-prefix-caching=false",  # all that the decoder reads again is the store's
+        *(f"nodes.{node}.segment=64MiB" for node in ("prefill-0", "decode-0")),
         secret_override(tmp_path),
         f"kv.encrypt={str(encrypt).lower()}",
     ]
     integrity = Integrity("mac", open_secrets(SecretConfig(file=str(tmp_path / "secret"))), encrypt=encrypt)
-    async with cluster(tmp_path, engine="vllm", model=tiny, prefillers=1, decoders=2, overrides=overrides) as subject:
+    async with cluster(tmp_path, engine="vllm", model=tiny, prefillers=1, decoders=1, overrides=overrides) as subject:
         first = await subject.explain((await questions.ask(subject, PROMPT)).id)
         leg = next(leg for leg in first["legs"] if leg["kind"] == "decode")
         assert leg["cached_tokens"] >= CHUNKS * BLOCK, "loaded from the prefiller's chunks"
         with segments(subject.launcher.pids, subject.nodes) as memories:
             assert sum(proved(memory, integrity) for memory in memories) >= CHUNKS
             assert change_all(memories, "forge", BLOCK) >= CHUNKS
-        second = await subject.explain((await questions.ask(subject, PROMPT)).id)
-        leg = next(leg for leg in second["legs"] if leg["kind"] == "decode")
-        assert leg["node"] != first["route"]["decoder"]
+        await questions.ask(subject, PROMPT)
 
         async def reported() -> bool:
             return (await subject.stats()).counters.get("quarantined_forged", 0) > 0
