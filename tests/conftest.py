@@ -1,9 +1,11 @@
 """What holds for every test: nothing that one starts writes into the state folder of whoever runs it; servers that
 tests share end with their module; garbage is not looked for among what collecting the tests made; and no example of a
-property has a time limit: machines are loaded."""
+property has a time limit: machines are loaded. A run in a shell's background is told to ignore Ctrl-C, and would hand
+that on to the programs that tests interrupt."""
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Generator
 from tempfile import TemporaryDirectory
@@ -18,6 +20,9 @@ except ModuleNotFoundError:  # in vLLM's environment, whose tests have no proper
 else:
     settings.register_profile("loaded machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("loaded machine")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,9 +9,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import TextIO
 
-FIRST, BLOCK = 10_000, 64
+FIRST, BLOCK = 10_000, 256
 """Ports below those that the kernel gives out by itself: one of these could be taken, by any connection or listener on
-whatever port, before the process that it is meant for has begun."""
+whatever port, before the process that it is meant for has begun. So many, as a port counts as taken for a minute after
+its last connection, and small clusters follow each other in seconds."""
 _held: list[TextIO] = []
 
 
