@@ -14,7 +14,7 @@ from kvcore.errors import NodeRefusedError
 from kvcore.identity import ClusterIdentity
 from metadata_server.index import nodes as registry
 
-BLOCKS, PER_BLOCK = range(seeds(12)), 4
+BLOCKS, PER_BLOCK = range(seeds(26)), 4
 
 
 @pytest.fixture(autouse=True)

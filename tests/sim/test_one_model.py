@@ -37,7 +37,7 @@ def test_an_answer_is_of_one_revision():
 @pytest.mark.slow
 def test_every_answer_is_of_one_revision_whatever_dies_and_comes_back_as_what():
     totals: Counter[str] = Counter()
-    for seed in range(1001, 1001 + seeds(50)):
+    for seed in range(1001, 1001 + seeds(100)):
         totals.update(simulate(seed).counts)
     happened = ["kill_node", "retries", "answers_of_v1", "answers_of_v2", "model_changed", "legs_of_another_model"]
     assert not [name for name in happened if not totals[name]], totals

@@ -13,7 +13,7 @@ from support.slow import seeds, slow_but
 from kvstore.integrity.checks import Integrity
 
 QUICK = range(2, 4)
-BLOCKS = [range(first, first + 10) for first in range(4, 4 + 10 * seeds(8), 10)]
+BLOCKS = [range(first, first + 10) for first in range(4, 4 + 10 * seeds(20), 10)]
 
 
 @pytest.fixture(autouse=True)

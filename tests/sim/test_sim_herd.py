@@ -12,7 +12,7 @@ from support.slow import seeds
 from engines.jobs.context import JobLimits
 
 FOLLOW_S = JobLimits().follow_s
-SETS = seeds(7)
+SETS = seeds(15)
 """Of ten seeds each."""
 NODES = {
     "1P1D": ("p1", "d1"),

@@ -11,7 +11,7 @@ from support.sim_cluster import Variant, run_seed
 from support.sim_plan import Fault, Plan, make_plan
 from support.slow import seeds
 
-SEEDS = range(seeds(40))
+SEEDS = range(seeds(100))
 BACK_S = 4.0
 """After its death a node is started again."""
 

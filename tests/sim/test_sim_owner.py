@@ -15,7 +15,7 @@ from kvcore.trust.opening import OPEN, ClusterTrust
 from kvstore.integrity.checks import Integrity
 
 QUICK = range(1, 2)
-BLOCKS = [range(first, first + 20) for first in range(2, 2 + 20 * seeds(4), 20)]
+BLOCKS = [range(first, first + 20) for first in range(2, 2 + 20 * seeds(10), 20)]
 DEEDS = [
     ("drop", "late", "change", "other_proof", "answer", "replay"),
     ("cut", "change_reply", "other_reply", "other_status", "without_digest"),

@@ -76,7 +76,7 @@ def stalls(outcome: Outcome) -> tuple[set[str], set[str]]:
     return stalled, {name for name, at_s in came.items() if known and known < at_s < awake}
 
 
-@pytest.mark.parametrize("block", slow_but([range(4)], [range(4), range(4, 4 + seeds(26))]))
+@pytest.mark.parametrize("block", slow_but([range(4)], [range(4), range(4, 4 + seeds(56))]))
 @pytest.mark.parametrize("name", ["d1", "p1"])
 def test_a_hung_engine_holds_nobody_for_longer_than_the_limits(name, block):
     totals: Counter[str] = Counter()
@@ -99,7 +99,7 @@ def legs(outcome: Outcome) -> float:
     return outcome.counts["legs_decode"] / outcome.counts["accepted"]
 
 
-@pytest.mark.parametrize("block", slow_but([range(3)], [range(3), range(3, 3 + seeds(17))]))
+@pytest.mark.parametrize("block", slow_but([range(3)], [range(3), range(3, 3 + seeds(37))]))
 def test_where_all_are_slow_requests_wait_and_are_not_sent_to_and_fro(block):
     """Both decoders and both prefillers hang; nobody is there to take anything over."""
     for seed in block:
@@ -108,7 +108,7 @@ def test_where_all_are_slow_requests_wait_and_are_not_sent_to_and_fro(block):
         assert legs(outcome) <= 3.0, (seed, legs(outcome))
 
 
-@pytest.mark.parametrize("block", slow_but([range(3)], [range(3), range(3, 3 + seeds(17))]))
+@pytest.mark.parametrize("block", slow_but([range(3)], [range(3), range(3, 3 + seeds(37))]))
 def test_alone_a_hung_node_is_waited_for(block):
     totals: Counter[str] = Counter()
     for seed in block:

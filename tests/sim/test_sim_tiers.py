@@ -14,7 +14,7 @@ from kvstore.integrity.checks import Integrity
 from kvstore.tiers.guarded import GuardedTier
 from kvstore.types import GetOutcome
 
-BLOCKS, PER_BLOCK = seeds(14), 10
+BLOCKS, PER_BLOCK = seeds(30), 10
 QUICK_BLOCKS = 1
 
 

@@ -10,7 +10,7 @@ from support.sim_cluster import Variant, run_seed
 from support.sim_plan import Fault, Plan, make_plan
 from support.slow import seeds
 
-BLOCKS, PER_BLOCK = seeds(5), 10
+BLOCKS, PER_BLOCK = seeds(11), 10
 ROOM = 4096
 """What one chunk takes in a segment."""
 STORES = ("s1", "s2")

@@ -18,7 +18,7 @@ from metadata_server.index.reading import Reading
 from metadata_server.index.state import MetadataState
 from router.requests import legs as router_legs
 
-BLOCKS, PER_BLOCK = seeds(5), 20
+BLOCKS, PER_BLOCK = seeds(10), 20
 QUICK_BLOCKS = 1
 """Of BLOCKS: those of `make check`. The others are slow."""
 ROOT = Path(__file__).resolve().parents[2]
