@@ -70,8 +70,9 @@ def _role(commands: "NodesCommands", given: argparse.Namespace) -> int:
 def _rebalance(commands: "NodesCommands", given: argparse.Namespace) -> int:
     from kvferry.nodes.rebalance import RebalanceCommand
 
-    command = RebalanceCommand(commands.url, commands.console, commands.as_json, commands.trust)
-    return command.run(most_bytes=int(given.most), dry_run=given.dry_run)
+    command, most_bytes = RebalanceCommand(commands.console, commands.as_json), int(given.most)
+    work = command.plan if given.dry_run else command.even_out
+    return commands.run(lambda router: work(router, most_bytes))
 
 
 def _size(text: str) -> int:

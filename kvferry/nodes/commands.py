@@ -1,20 +1,17 @@
 """The commands of `kvferry nodes`: each asks the router, prints, and returns its exit code.
 
-0: done. 1: not; why is said. 2 is a wrong command line, which raises ConfigError.
+0: done. 1: not; why is said. 130: Ctrl-C. 2 is a wrong command line, which raises ConfigError.
 """
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from kvcore.clock import SystemClock
-from kvcore.trust.opening import OPEN, ClusterTrust
-from kvferry.cache.client import CacheCommandError, RouterCalls, router_calls
+from kvferry.cache.asking import AskingCommands
+from kvferry.cache.client import RouterCalls
 from kvferry.cache.tables import age_text, table
 from kvferry.machine import size_text
 from metadata_server.cache_messages import NodeAction
@@ -28,13 +25,9 @@ _DONE = {
 
 
 @dataclass(frozen=True, slots=True)
-class NodesCommands:
-    """Of one router. `as_json`: one JSON value on stdout in place of tables."""
+class NodesCommands(AskingCommands):
+    """Of one router."""
 
-    url: str
-    console: Console
-    as_json: bool = False
-    trust: ClusterTrust = OPEN
     poll_s: float = 0.5
 
     def ls(self) -> int:
@@ -48,20 +41,10 @@ class NodesCommands:
         body = NodeOrderBody(node=node, move=move, force=force)
         return self.run(lambda router: self.give(router, action, body, wait_s=wait_s))
 
-    def run(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
-        """Run one of the methods below to its end."""
-        try:
-            return asyncio.run(self._with_calls(work))
-        except CacheCommandError as error:
-            sys.stderr.write(f"kvferry: error: {error}\n")
-            return 1
-
     async def show(self, router: RouterCalls) -> int:
         """What the nodes do."""
         report = await router.get("/v1/nodes", NodesReport)
-        if self.as_json:
-            sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
-        else:
+        if not self._printed(report):
             self.console.print(nodes_table(report.nodes, SystemClock().wall()))
         for problem in report.problems:
             sys.stderr.write(f"kvferry: {problem}\n")
@@ -72,8 +55,7 @@ class NodesCommands:
         ordered = await router.post(f"/v1/nodes/{action}", body, NodeOrdered)
         if wait_s and ordered.node is not None:
             ordered.node = await wait_drained(router, body.node, wait_s, self.poll_s) or ordered.node
-        if self.as_json:
-            sys.stdout.write(msgspec.json.encode(ordered).decode() + "\n")
+        if self._printed(ordered):
             return _code(ordered, wait_s)
         lines = [f"{body.node} {_DONE[action]}"]
         if ordered.node is not None and ordered.node.state == "draining":
@@ -82,10 +64,6 @@ class NodesCommands:
         for line in [*lines, *filter(None, [ordered.note])]:
             self.console.print(line, markup=False, soft_wrap=True)
         return _code(ordered, wait_s)
-
-    async def _with_calls(self, work: Callable[[RouterCalls], Awaitable[int]]) -> int:
-        async with router_calls(self.url, trust=self.trust) as router:
-            return await work(router)
 
 
 async def wait_drained(router: RouterCalls, name: str, wait_s: float, poll_s: float) -> NodeRow | None:

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import msgspec
 from rich.console import Console
 
-from kvcore.trust.opening import OPEN, ClusterTrust
-from kvferry.cache.asking import STOPPED
-from kvferry.cache.client import CacheCommandError, RouterCalls, router_calls
+from kvferry.cache.client import RouterCalls
 from kvferry.machine import size_text
 from metadata_server.cache_messages import RebalanceReply, RebalanceRequest
 
@@ -22,27 +20,11 @@ _WELL = ("no segment can shed more", "all was moved that was to be")
 
 @dataclass(frozen=True, slots=True)
 class RebalanceCommand:
-    """Of one router. `as_json`: the last report, as one JSON value on stdout, in place of lines."""
+    """For NodesCommands.run. `as_json`: the last report, as one JSON value on stdout, in place of lines."""
 
-    url: str
     console: Console
     as_json: bool = False
-    trust: ClusterTrust = OPEN
     poll_s: float = 1.0
-
-    def run(self, *, most_bytes: int, dry_run: bool) -> int:
-        """Until the run is over. Returns the exit code."""
-        try:
-            return asyncio.run(self._with_calls(most_bytes, dry_run))
-        except KeyboardInterrupt:
-            return STOPPED
-        except CacheCommandError as error:
-            sys.stderr.write(f"kvferry: error: {error}\n")
-            return 1
-
-    async def _with_calls(self, most_bytes: int, dry_run: bool) -> int:
-        async with router_calls(self.url, trust=self.trust) as router:
-            return await (self.plan(router, most_bytes) if dry_run else self.even_out(router, most_bytes))
 
     async def plan(self, router: RouterCalls, most_bytes: int) -> int:
         """What a run would move."""

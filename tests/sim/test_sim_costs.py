@@ -36,12 +36,18 @@ def reasons(found: list[tuple[Seen, RequestRecord]]) -> list[str]:
     return [record.route.reason for _, record in found if record.route is not None]
 
 
-async def begun(rate: float) -> Load:
-    """A prefiller and a decoder, of both of which all is measured; their link is so fast."""
-    load = Load(Machine(prefillers=1, decoders=1), router={"first_token_s": None})
+async def measured(*, apart: bool) -> Load:
+    """A prefiller and a decoder, of both of which all is measured, on one machine or two."""
+    load = Load(Machine(prefillers=1, decoders=1, apart=apart), router={"first_token_s": None})
     await load.prober.probe()
     await load.warm_up()
     load.cluster.nodes["d0"].rates.prefilled(1000, 1.0, 0.0)
+    return load
+
+
+async def begun(rate: float) -> Load:
+    """Their link is so fast."""
+    load = await measured(apart=False)
     load.nodes.nodes[1].read_rate = rate
     return load
 
@@ -163,10 +169,7 @@ def test_where_load_does_not_ask_for_it_nobody_else_reads_a_beginning():
 
 async def begun_apart(write_rate: float) -> Load:
     """As `begun`, on two machines: the prefiller hands over at this rate."""
-    load = Load(Machine(prefillers=1, decoders=1, apart=True), router={"first_token_s": None})
-    await load.prober.probe()
-    await load.warm_up()
-    load.cluster.nodes["d0"].rates.prefilled(1000, 1.0, 0.0)
+    load = await measured(apart=True)
     load.nodes.nodes[0].write_rate = write_rate
     return load
 

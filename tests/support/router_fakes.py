@@ -713,11 +713,18 @@ async def writing_rig(tokens: Callable[[list[int], int], int], parser: str, kept
 
 
 @asynccontextmanager
+async def client_of(rig: Rig) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of this router, without sockets."""
+    transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+        yield http
+
+
+@asynccontextmanager
 async def asking(text: str, parser: str) -> AsyncIterator[tuple[httpx.AsyncClient, Rig]]:
     """A client of a router whose nodes write `text`, and that router."""
     rig = await writing_rig(writes(text), parser)
-    transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
-    async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+    async with client_of(rig) as http:
         yield http, rig
 
 

@@ -232,7 +232,7 @@ class FakeRebalance(FakeRouter):
 
     async def run(self, *, dry_run: bool = False, as_json: bool = False, most: int = 0) -> tuple[int, list[str]]:
         async with self.running() as (commands, out), router_calls(commands.url) as router:
-            it = RebalanceCommand(commands.url, commands.console, as_json, poll_s=0.01)
+            it = RebalanceCommand(commands.console, as_json, poll_s=0.01)
             code = await (it.plan(router, most) if dry_run else it.even_out(router, most))
             return code, out.getvalue().splitlines()
 

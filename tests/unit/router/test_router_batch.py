@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.router_fakes import Rig, asking, make_rig
+from support.router_fakes import Rig, asking, client_of, make_rig
 
 PATH = "/v1/chat/completions/batch"
 CHATS = [
@@ -23,7 +23,7 @@ async def rig() -> Rig:
 
 @pytest.fixture
 async def http(rig: Rig) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=rig.app), base_url="http://router") as client:  # type: ignore[arg-type]
+    async with client_of(rig) as client:
         yield client
 
 

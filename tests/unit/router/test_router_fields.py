@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from support.router_fakes import MAX_CONTEXT, Rig, make_rig
+from support.router_fakes import MAX_CONTEXT, Rig, client_of, make_rig
 
 from router.api.body import strict_body
 from router.api.fields.chat_fields import ChatRequest
@@ -56,7 +56,7 @@ async def rig() -> Rig:
 
 @pytest.fixture
 async def http(rig: Rig) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=rig.app), base_url="http://router") as client:  # type: ignore[arg-type]
+    async with client_of(rig) as client:
         yield client
 
 
