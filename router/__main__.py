@@ -19,9 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--process", type=int, metavar="NUMBER", help="which of router.processes, from 1 on")
     options = parser.parse_args(arguments)
 
-    gc.set_threshold(
-        5000
-    )  # a request leaves no garbage in cycles; to look for some each 700 objects took a tenth of it
+    # A request leaves no garbage in cycles. To look for some each 700 objects took a tenth of its time, each 5,000 a
+    # twentieth: as many are made and freed anew by a few dozen requests that are under way.
+    gc.set_threshold(50_000)
 
     def choose(config: ClusterConfig) -> tuple[str, Main]:
         seen = as_router_at(config, options.at)
