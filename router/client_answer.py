@@ -4,10 +4,9 @@ Owns the join of several prompts' runs into one stream. Knows no HTTP and no sur
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -21,7 +20,7 @@ from router.parsing.one_call import SecondCall
 from router.parsing.reasoning_tokens import ReasoningTokens
 from router.requests.events import Emit
 from router.requests.run import RequestRun
-from router.requests.spec import AnswerReading, AnswerRequest
+from router.requests.spec import AnswerReading, AnswerRequest, RequestSpec
 from router.text.detokenizer import Detokenizer, StopChecker
 from router.text.repetition import RepetitionWatch
 from router.text.tokenizer import Tokenizer
@@ -92,17 +91,21 @@ class PieceSink(Protocol):
 
     @property
     def takes(self) -> bool:
-        """Whether it takes one now. If not, that one and those behind it are read as any others."""
+        """Whether it takes one now. If not, that one and those behind it are given."""
         ...
 
     def put(self, piece: TextPiece) -> None:
         """One it takes."""
         ...
 
+    async def give(self, piece: TextPiece) -> None:
+        """Any one, in their order. May wait."""
+        ...
+
 
 class ClientAnswer:
-    """The choices of one client's request under way: one run a prompt. Iterate `pieces` once, to its end or not; call
-    `close` where that may not come to pass."""
+    """The choices of one client's request under way: one run a prompt. Iterate `pieces` once, to its end or not, or
+    `give_to` somebody; call `close` where that may not come to pass."""
 
     def __init__(
         self, tokenizer: Tokenizer, runs: Sequence[RequestRun], request: AnswerRequest, limits: AnswerLimits
@@ -185,12 +188,35 @@ class ClientAnswer:
         for run in self._runs:
             run.drop()
 
-    def pieces(self, sink: PieceSink | None = None) -> AsyncGenerator[TextPiece]:
-        """Text as it comes, choices interleaved. Closing it early cancels every leg. Raises what a run raises.
+    async def give_to(self, sink: PieceSink) -> None:
+        """Text as it comes, choices interleaved. Cancelling it cancels every leg. Raises what a run raises, and what
+        `sink` does."""
+        if len(self._runs) > 1:
+            async with aclosing(self._pieces_of_all()) as pieces:
+                async for one in pieces:
+                    await sink.give(one)
+            return
+        async with self._runs[0] as run:
+            read = self._reader(0)
 
-        `sink` gets those pieces that it takes while the next one is waited for; they are not yielded. What it raises is
-        raised here. The pieces of several runs are all yielded."""
-        return self._pieces_of_run(0, sink) if len(self._runs) == 1 else self._pieces_of_all()
+            def take(emit: Emit) -> bool:
+                if not sink.takes:
+                    return False
+                if (piece := read(emit)) is not None:
+                    sink.put(piece)
+                return True
+
+            run.outputs.take = take
+            try:
+                async for emit in run:
+                    if (piece := read(emit)) is not None:
+                        await sink.give(piece)
+            except InvalidRequestError as error:
+                raise self._of_form(error, self._specs[0]) from error
+
+    def pieces(self) -> AsyncGenerator[TextPiece]:
+        """The same, to be iterated. Closing it early cancels every leg."""
+        return self._pieces_of_run(0) if len(self._runs) == 1 else self._pieces_of_all()
 
     async def _pieces_of_all(self) -> AsyncGenerator[TextPiece]:
         # Several runs: a task each reads its run into one bounded queue. The queue has, per run, pieces and then
@@ -228,7 +254,18 @@ class ClientAnswer:
         except Exception as error:  # handed to the reader of the queue, which raises it
             await queue.put(error)
 
-    async def _pieces_of_run(self, number: int, sink: PieceSink | None = None) -> AsyncGenerator[TextPiece]:
+    async def _pieces_of_run(self, number: int) -> AsyncGenerator[TextPiece]:
+        async with self._runs[number] as run:
+            read = self._reader(number)
+            try:
+                async for emit in run:
+                    if (piece := read(emit)) is not None:
+                        yield piece
+            except InvalidRequestError as error:
+                raise self._of_form(error, self._specs[number]) from error
+
+    def _reader(self, number: int) -> Callable[[Emit], TextPiece | None]:
+        """What makes pieces of one run's outputs."""
         run, spec, repetition, reading = self._runs[number], self._specs[number], self._repetition, self.reading
         first = self.choices_of(number)[0]
         choices = [
@@ -258,27 +295,12 @@ class ClientAnswer:
                 return bundles[emit.index].add(piece, choice.num_tokens - before)
             return piece if piece.text or piece.finish_reason or piece.logprobs or piece.token_ids else None
 
-        def take(emit: Emit, sink: PieceSink) -> bool:
-            if not sink.takes:
-                return False
-            if (piece := read(emit)) is not None:
-                sink.put(piece)
-            return True
+        return read
 
-        async with run:
-            if sink is not None:
-                run.outputs.take = partial(take, sink=sink)
-            try:
-                async for emit in run:
-                    if (piece := read(emit)) is not None:
-                        yield piece
-            except InvalidRequestError as error:
-                raise error if spec.sampling.grammar is None else self._of_form(error) from error
-
-    def _of_form(self, error: InvalidRequestError) -> InvalidRequestError:
+    def _of_form(self, error: InvalidRequestError, spec: RequestSpec) -> InvalidRequestError:
         """A node's refusal of a request with a form. Where it names no field it is of the form: all else has been
         checked here, and what its engine's library takes it alone knows."""
-        if error.param is not None or type(error) is not InvalidRequestError:
+        if spec.sampling.grammar is None or error.param is not None or type(error) is not InvalidRequestError:
             return error
         name = self._names.of("grammar")
         return InvalidRequestError(f"{name}: {error.message}", param=name)

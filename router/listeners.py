@@ -7,13 +7,15 @@ import asyncio
 import logging
 import ssl
 from contextlib import suppress
+from functools import partial
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import own_host, own_ports
 from kvcore.process.asgi import AsgiServer
 from kvcore.process.descriptors import soft_limit
+from kvcore.process.http_exchange import Headers, HttpExchange, exchange_of
 from kvcore.process.http_gate import show_gates
 from kvcore.process.limits import HttpLimits
 from kvcore.process.service import Lifecycle
@@ -122,7 +124,7 @@ class RouterListeners:
 
 
 class ClosingApp:
-    """Passes requests on. Once it `closes`, each answer says that its connection ends with it."""
+    """Passes requests on, of a server of ours. Once it `closes`, each answer says that its connection ends with it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -130,14 +132,13 @@ class ClosingApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
+        if (exchange := exchange_of(scope)) is not None:
+            exchange.on_head += (partial(self._end, exchange),)
+        await self._app(scope, receive, send)
 
-        async def closing(message: Message) -> None:
-            if self.closes and message["type"] == "http.response.start":
-                kept = [(name, value) for name, value in message.get("headers", []) if name.lower() != b"connection"]
-                message = {**message, "headers": [*kept, (b"connection", b"close")]}
-            await send(message)
-
-        await self._app(scope, receive, closing if scope["type"] == "http" else send)
+    def _end(self, exchange: HttpExchange, _status: int) -> Headers:
+        exchange.keep_alive &= not self.closes
+        return ()
 
 
 def _site_tls(config: ClusterConfig, lifecycle: Lifecycle) -> ssl.SSLContext | None:

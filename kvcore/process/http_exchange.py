@@ -6,13 +6,14 @@ one write: head and body together, and as many tokens of a stream as came at onc
 """
 
 import asyncio
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote
 
 from httptools import parse_url
-from starlette.types import Message, Receive, Scope
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import (
     HEADER_RE,
     HEADER_VALUE_RE,
@@ -25,6 +26,8 @@ EXCHANGE = "kvferry.exchange"
 """Among a request's `extensions`: its HttpExchange."""
 MAX_HELD_BYTES = 64 << 10
 """More is written before the turn ends."""
+Headers = Sequence[tuple[bytes, bytes]]
+"""Their names in lower case."""
 
 
 class HttpExchange(RequestResponseCycle):
@@ -36,6 +39,8 @@ class HttpExchange(RequestResponseCycle):
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._on_gone: Callable[[], object] | None = None
+        self.on_head: tuple[Callable[[int], Headers], ...] = ()
+        """Called with the answer's status: what its head says beside the application's headers."""
 
     @classmethod
     def of(cls, connection: HttpToolsProtocol) -> Self:
@@ -80,19 +85,37 @@ class HttpExchange(RequestResponseCycle):
         if call is not None:
             call()
 
-    async def send(self, message: Message) -> None:  # type: ignore[override]  # uvicorn's own types of the same
-        """An application's message. Waits while the client takes nothing."""
+    def take_body(self) -> bytes | None:
+        """The request's body where all of it is there, once. None: it is to be received as ASGI has it."""
+        if self.more_body or self.disconnected:
+            return None
+        self.flow.resume_reading()  # or nobody would see that the client leaves
+        body, self.body = self.body, bytearray()
+        self.message_event.clear()
+        return bytes(body)
+
+    async def ready(self) -> None:
+        """Waits while the client takes nothing."""
         if self.flow.write_paused and not self.disconnected:
             await self.flow.drain()
+
+    async def send(self, message: Message) -> None:  # type: ignore[override]  # uvicorn's own types of the same
+        """An application's message. Waits while the client takes nothing."""
+        await self.ready()
         if self.disconnected:
             return
         kind = message["type"]
         if kind == "http.response.body" and self.response_started and not self.response_complete:
             self._add(message.get("body", b""), more=message.get("more_body", False))
         elif kind == "http.response.start" and not self.response_started:
-            self._start(message["status"], [*self.default_headers, *message.get("headers", ())])
+            self.start(message["status"], message.get("headers", ()))
         else:
             raise RuntimeError(f"{kind!r} does not belong at this place of an answer")
+
+    @property
+    def flows(self) -> bool:
+        """Whether `ready` would not wait."""
+        return not self.flow.write_paused
 
     @property
     def takes(self) -> bool:
@@ -100,9 +123,32 @@ class HttpExchange(RequestResponseCycle):
         under_way = self.response_started and not self.response_complete
         return under_way and not (self.disconnected or self.flow.write_paused)
 
+    def start(self, status: int, headers: Headers) -> None:
+        """The head of the answer: as by `send`, where that would not wait. So with the next three."""
+        if self.disconnected:
+            return
+        self._hold(self._head(status, headers))
+
     def write(self, body: bytes) -> None:
-        """A part of a body that is not the last: as by `send`, where that would not wait. See `takes`."""
+        """A part of a body that is not the last. See `takes`."""
         self._add(body, more=True)
+
+    def end(self, body: bytes) -> None:
+        """The last part of a body."""
+        if self.disconnected:
+            return
+        self._add(body, more=False)
+
+    def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """All of an answer, in one write. `headers`: but its length."""
+        if self.disconnected:
+            return
+        head = self._head(status, [(b"content-length", b"%d" % len(body)), *headers])
+        if self.scope["method"] != "HEAD":
+            head += body
+        self._held.append(head)
+        self.expected_content_length = 0
+        self._end()
 
     def flush(self) -> None:
         """Write what this turn has brought."""
@@ -114,10 +160,12 @@ class HttpExchange(RequestResponseCycle):
         if not self.disconnected and not self.transport.is_closing():
             self.transport.write(data)
 
-    def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def _head(self, status: int, headers: Headers) -> bytes:
         self.response_started, self.waiting_for_100_continue = True, False
-        says_close = False
         content = [STATUS_LINE[status]]
+        headers = [*self.default_headers, *headers]
+        for says in self.on_head:
+            headers += says(status)
         for given, value in headers:
             if HEADER_RE.search(given) or HEADER_VALUE_RE.search(value):
                 raise RuntimeError(f"header {given!r} has a character that ends it")
@@ -126,16 +174,19 @@ class HttpExchange(RequestResponseCycle):
                 self.expected_content_length, self.chunked_encoding = int(value), False
             elif name == b"transfer-encoding" and value.lower() == b"chunked":
                 self.expected_content_length, self.chunked_encoding = 0, True
-            elif name == b"connection" and b"close" in [token.strip() for token in value.lower().split(b",")]:
-                self.keep_alive, says_close = False, True
+            elif name == b"connection":
+                if b"close" in [token.strip() for token in value.lower().split(b",")]:
+                    self.keep_alive = False
+                if not self.keep_alive:
+                    continue
             content += (name, b": ", value, b"\r\n")
-        if not self.keep_alive and not says_close:
+        if not self.keep_alive:
             content.append(b"connection: close\r\n")
         if self.chunked_encoding is None and self.scope["method"] != "HEAD" and status not in (204, 304):
             self.chunked_encoding = True
             content.append(b"transfer-encoding: chunked\r\n")
         content.append(b"\r\n")
-        self._hold(b"".join(content))
+        return b"".join(content)
 
     def _add(self, body: bytes, *, more: bool) -> None:
         if self.scope["method"] == "HEAD":
@@ -158,7 +209,7 @@ class HttpExchange(RequestResponseCycle):
         self.flush()
         if self.expected_content_length:
             raise RuntimeError("the body is shorter than its content-length")
-        self.response_complete, self._on_gone = True, None
+        self.response_complete, self._on_gone, self.on_head = True, None, ()
         self.scope["extensions"].pop(EXCHANGE, None)  # it holds this, which holds it
         self.message_event.set()
         if not self.keep_alive:
@@ -180,16 +231,36 @@ def exchange_of(scope: Scope) -> HttpExchange | None:
     return found if isinstance(found, HttpExchange) else None
 
 
-@contextmanager
-def told_when_gone(scope: Scope, receive: Receive, leave: Callable[[], object]) -> Generator[None]:
+def straight(scope: Scope, send: Send) -> HttpExchange | None:
+    """The exchange of a request to whose answer nothing is done behind the application: what would be sent by `send`
+    may be written. None: it must be sent."""
+    exchange = exchange_of(scope)
+    return exchange if exchange is not None and send == exchange.send else None
+
+
+def told_when_gone(
+    scope: Scope, receive: Receive, leave: Callable[[], object]
+) -> "AbstractContextManager[None, bool | None]":
     """Calls `leave` when the client leaves while the block runs. The request's body has been read."""
-    if (exchange := exchange_of(scope)) is not None:
-        exchange.on_gone(leave)
-        try:
-            yield
-        finally:
-            exchange.on_gone(None)
-        return
+    exchange = exchange_of(scope)
+    return _told_by_message(receive, leave) if exchange is None else _ToldByExchange(exchange, leave)
+
+
+class _ToldByExchange:
+    def __init__(self, exchange: HttpExchange, leave: Callable[[], object]) -> None:
+        self._exchange, self._leave = exchange, leave
+
+    def __enter__(self) -> None:
+        self._exchange.on_gone(self._leave)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exchange.on_gone(None)
+
+
+@contextmanager
+def _told_by_message(receive: Receive, leave: Callable[[], object]) -> Generator[None]:
     watch = asyncio.ensure_future(_until_gone(receive))
 
     def ended(_: "asyncio.Future[None]") -> None:

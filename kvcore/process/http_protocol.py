@@ -19,7 +19,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from kvcore.peer_log import PeerLog
 from kvcore.process.certified_app import PEER_NAMES
-from kvcore.process.http_body import WHOLE_BODY
 from kvcore.process.http_exchange import HttpExchange
 from kvcore.process.http_gate import GatePlace, HttpGate
 from kvcore.trust.certificates import PeerNames, peer_names
@@ -138,7 +137,6 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_message = False
         self._body_is_over()
         if not self.transport.is_closing():
-            self.scope["extensions"][WHOLE_BODY] = {}
             super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:

@@ -4,7 +4,6 @@ Owns routes, body limits, request ids and the OpenAPI document. Bodies are decod
 """
 
 import logging
-import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -17,10 +16,10 @@ from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvcore.errors import KVFerryError
-from kvcore.process.http_body import read_body
+from kvcore.process.http_body import body_of
 from kvcore.telemetry import METRICS_CONTENT_TYPE
 from router.admission.no_node import NoNodeWait
 from router.answering import Answerer
@@ -35,7 +34,7 @@ from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.formats.completion_format import CompletionFormatter
 from router.api.formats.parsed_chat import chat_formatter
-from router.api.front import Cors, PlainPaths
+from router.api.front import Cors, IdentifiedApp, PlainPaths, RequestIds, StraightWay
 from router.api.http_errors import ErrorReply, error_reply, headers_of
 from router.api.limits import ApiLimits
 from router.api.openai_responses.kept import KeptResponses
@@ -52,9 +51,9 @@ from router.processes.view import RouterView
 from router.tenants.callers import Caller, caller_of
 from router.text.model_habits import ModelHabits
 
-Endpoint = Callable[[Request], Awaitable[Response]]
+Endpoint = Callable[[Scope, Receive], Awaitable[ASGIApp]]
+"""Of a request, makes what answers it."""
 _log = logging.getLogger("router")
-_GOOD_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _Body = TypeVar("_Body", ChatRequest, BatchBody, CompletionRequest, MessagesRequest, ResponsesRequest, GenerateBody)
 
 
@@ -88,33 +87,10 @@ def make_app(
     _add_status(app, view)
     add_own(app, view)
     more(app)
-    return PlainPaths(RequestIds(AnthropicErrors(Cors(guard(ShortWay(app, endpoints)), cors)), metrics))
-
-
-class RequestIds:
-    """Gives each request an id (the client's X-Request-Id where it is a sane one), echoes it, counts the answer."""
-
-    def __init__(self, app: ASGIApp, metrics: RouterMetrics) -> None:
-        self.app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI entry."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-        request_id = given if _GOOD_ID.fullmatch(given) else secrets.token_hex(16)
-        scope["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-                route = scope.get("route")
-                self._metrics.answered(getattr(route, "path", "other"), message["status"])
-            await send(message)
-
-        await self.app(scope, receive, send_with_id)
+    ids, guarded = RequestIds(metrics), guard(ShortWay(app, endpoints))
+    return StraightWay(
+        ids, guarded, endpoints, other=PlainPaths(IdentifiedApp(AnthropicErrors(Cors(guarded, cors)), ids))
+    )
 
 
 class ShortWay:
@@ -133,8 +109,9 @@ class ShortWay:
             await self._app(scope, receive, send)
             return
         scope["route"] = self._routes[scope["path"]]
+        response: ASGIApp
         try:
-            response = await endpoint(Request(scope, receive))
+            response = await endpoint(scope, receive)
         except KVFerryError as error:
             response = error_response(error)
         except Exception:  # request boundary
@@ -191,15 +168,18 @@ def _add_openai(
         failed: Callable[[KVFerryError], bytes] = failed_event,
         error: type[msgspec.Struct] = ErrorReply,
     ) -> None:
-        @app.post(path, name=name, **openapi.answers(kind, error))
-        async def endpoint(request: Request) -> Response:
-            raw = await read_body(request, max_body_bytes, timeout_s=limits.body_timeout_s)
-            wants = await asked(parse(raw, kind), caller_of(request.scope), len(raw))
-            start = partial(starts.start, wants, request.scope, f"{id_prefix}{secrets.token_hex(16)}")
+        async def answer(scope: Scope, receive: Receive) -> AnswerResponse:
+            raw = await body_of(scope, receive, max_body_bytes, timeout_s=limits.body_timeout_s)
+            wants = await asked(parse(raw, kind), caller_of(scope), len(raw))
+            start = partial(starts.start, wants, scope, f"{id_prefix}{secrets.token_hex(16)}")
             stream = bool(wants.body.stream)
             return AnswerResponse(start, stream=stream, send_timeout_s=limits.send_timeout_s, failed=failed)
 
-        endpoints[path] = endpoint
+        @app.post(path, name=name, **openapi.answers(kind, error))
+        async def documented() -> Response:
+            raise AssertionError("its posts go the short way")
+
+        endpoints[path] = answer
 
     paths = "/v1/chat/completions", "/v1/completions", "/v1/messages", "/inference/v1/generate"
     generates("chat", paths[0], ChatRequest, asked_as(chat_formatter, lambda body: body), id_prefix="chatcmpl-")

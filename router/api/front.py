@@ -1,17 +1,82 @@
 """What a request passes before its route: paths and methods as clients write them, and CORS for web pages."""
 
 import re
+import secrets
 from collections.abc import Collection
+from functools import partial
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kvcore.process.http_exchange import Headers, straight
+from router.api.anthropic.errors import ANTHROPIC_PATHS
 from router.api.http_errors import error_reply
 from router.api.responses import JsonReply
+from router.metrics import RouterMetrics
 
+_GOOD_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _LOOPBACK = re.compile(r"https?://(localhost|[\w-]+\.localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 _EXPOSED = b"X-Request-Id, Retry-After, X-KVFerry-Approximate"
 _MAX_AGE = b"600"
+
+
+class RequestIds:
+    """Gives each request an id (the client's X-Request-Id where it is a sane one), has it echoed, counts the answer."""
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
+
+    def name(self, scope: Scope) -> None:
+        """The request has its id from here on, as `request_id`."""
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+        scope["request_id"] = given if _GOOD_ID.fullmatch(given) else secrets.token_hex(16)
+
+    def answered(self, scope: Scope, status: int) -> Headers:
+        """The request has an answer, with these headers."""
+        self._metrics.answered(getattr(scope.get("route"), "path", "other"), status)
+        return [(b"x-request-id", scope["request_id"].encode())]
+
+
+class StraightWay:
+    """Sends posts to `paths` whose head asks nothing of what others pass straight to what guards the routes, and all
+    that is not one of them the `other` way. What is sent of their answers is then nobody's but the connection's."""
+
+    def __init__(self, ids: RequestIds, guarded: ASGIApp, paths: Collection[str], *, other: ASGIApp) -> None:
+        """`paths`: as they are. Their answers must be in OpenAI's form."""
+        self._ids, self._guarded, self._app = ids, guarded, other
+        self._paths = frozenset(paths) - frozenset(ANTHROPIC_PATHS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] == "http" and scope["path"] in self._paths and scope["method"] == "POST":
+            exchange = straight(scope, send)
+            if exchange is not None and not any(name == b"origin" for name, _ in scope["headers"]):
+                self._ids.name(scope)
+                exchange.on_head += (partial(self._ids.answered, scope),)
+                await self._guarded(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class IdentifiedApp:
+    """An application whose requests have ids."""
+
+    def __init__(self, app: ASGIApp, ids: RequestIds) -> None:
+        self._app, self._ids = app, ids
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        self._ids.name(scope)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *self._ids.answered(scope, message["status"])]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
 
 
 class PlainPaths:

@@ -6,21 +6,20 @@ of a request outlives its response.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from kvcore.clock import SystemClock
 from kvcore.errors import EngineError, KVFerryError
 from kvcore.process.http_exchange import HttpExchange, exchange_of, told_when_gone
-from kvcore.step_timeout import StepTimeout
 from router.admission.no_node import Tell
 from router.api.formats.formatter import Formatter
 from router.api.http_errors import headers_for, reply_of
+from router.api.out import ClientGoneError, Out, out_of
 from router.client_answer import ClientAnswer, TextPiece
 
 APPROXIMATE = b"x-kvferry-approximate"
@@ -28,7 +27,6 @@ _log = logging.getLogger("router")
 _now = SystemClock().now
 _JSON = [(b"content-type", b"application/json")]
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-_SLICE_BYTES = 1 << 20
 _WAITING = b": no node is up, waiting for one\n\n"
 
 
@@ -52,36 +50,66 @@ class Turns:
             self._until = _now() + self._longest_s
 
 
-class _Gathering:
+class _GatheringSink:
     """Takes every piece of an answer that is sent in one body."""
 
     takes = True
 
-    def __init__(self, formatter: Formatter) -> None:
+    def __init__(self, formatter: Formatter, turns: Turns) -> None:
         self.put = formatter.take
+        self._turns = turns
+
+    async def give(self, piece: TextPiece) -> None:
+        """See PieceSink."""
+        self.put(piece)
+        if self._turns.over:
+            await self._turns.give_way()
 
 
-class _Writing:
-    """Takes pieces of a stream as long as its client takes what is sent. `exchange`: whose body has begun."""
+class _StreamSink:
+    """Takes the pieces of a stream. `exchange`: by which those are written that its client takes at once."""
 
-    def __init__(self, formatter: Formatter, exchange: HttpExchange) -> None:
-        self._formatter = formatter
+    def __init__(
+        self,
+        formatter: Formatter,
+        turns: Turns,
+        out: Out,
+        begin: Callable[[], Awaitable[None]],
+        exchange: HttpExchange | None,
+    ) -> None:
+        self._formatter, self._turns, self._out, self._begin = formatter, turns, out, begin
         self._exchange = exchange
         self.begun = False
-        """The first piece is out."""
+        """The head and the first piece, if there is any, are out."""
 
     @property
     def takes(self) -> bool:
         """See PieceSink."""
-        return self.begun and self._exchange.takes
+        return self.begun and self._exchange is not None and self._exchange.takes
 
     def put(self, piece: TextPiece) -> None:
         """See PieceSink."""
+        assert self._exchange is not None, "it takes none"
         self._exchange.write(self._formatter.chunk(piece))
 
+    async def give(self, piece: TextPiece) -> None:
+        """See PieceSink."""
+        if not self.begun:
+            await self.begin(piece)
+        elif body := self._formatter.chunk(piece):
+            await self._out.part(body)
+        if self._turns.over:
+            await self._turns.give_way()
 
-class _ClientGoneError(Exception):
-    """The client took no more."""
+    async def begin(self, first: TextPiece | None = None) -> None:
+        """The head, and all that comes before and with the first piece; None: there is none. Once."""
+        if self.begun:
+            return
+        body = b"".join(self._formatter.opening()) + (self._formatter.chunk(first) if first else b"")
+        await self._begin()
+        if body:
+            await self._out.part(body)
+        self.begun = True
 
 
 class JsonReply(Response):
@@ -98,9 +126,9 @@ def error_response(error: KVFerryError) -> JsonReply:
     return JsonReply(reply_of(error), error.http_status, headers_for(error))
 
 
-class AnswerResponse(Response):
-    """Runs the work when it is sent. The status is decided by the first piece: an error before it is an HTTP error,
-    one after it an SSE event that ends the stream without `[DONE]`.
+class AnswerResponse:
+    """An ASGI application that runs the work when it is called. The status is decided by the first piece: an error
+    before it is an HTTP error, one after it an SSE event that ends the stream without `[DONE]`.
 
     `start(tell)`: makes the answer and its formatter, and calls `tell` now and then while it waits for a node: a client
     of a stream gets its head and a comment then. `send_timeout_s`: a client that takes nothing for so long is gone.
@@ -115,7 +143,6 @@ class AnswerResponse(Response):
         send_timeout_s: float,
         failed: Callable[[KVFerryError], bytes],
     ) -> None:
-        super().__init__()
         self._start = start
         self._stream = stream
         self._send_timeout_s = send_timeout_s
@@ -123,114 +150,99 @@ class AnswerResponse(Response):
         self._made: ClientAnswer | None = None
         self._begun = False
         """The head of a stream is out."""
+        self._left = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry: ends when the answer has been sent, or the client has left and every leg is cancelled."""
 
         # The answer is made and sent by this task. It ends in one of four ways:
         #   1. The answer is out, or its error has been answered.
-        #   2. The client has left: `told_when_gone` ends the block, which cancels every leg, by a TimeoutError.
-        #   3. It took nothing for too long, or its connection broke in a send: so too, or by _ClientGoneError.
+        #   2. The client has left: `told_when_gone` cancels this task, and so every leg, and nobody else hears of it.
+        #   3. It took nothing for too long, or its connection broke in a send: so too, by ClientGoneError.
         #   4. This call is cancelled (the server stops).
-        # In each case the legs have ended before this returns, as `_answer` closes what runs them.
+        # In each case the legs have ended before this returns, as what runs them is left on the way here.
+        task, out = asyncio.current_task(), out_of(scope, send, self._send_timeout_s)
+        assert task is not None
+
+        def leave() -> None:
+            self._left = True
+            task.cancel()
+
         try:
-            async with StepTimeout() as sending:
-
-                async def send_in_time(message: Message) -> None:
-                    sending.start(self._send_timeout_s)
-                    try:
-                        await send(message)
-                    except OSError as error:
-                        raise _ClientGoneError from error
-                    sending.stop()
-
-                with told_when_gone(scope, receive, sending.expire):
-                    await self._answer(send_in_time, exchange_of(scope))
-        except (TimeoutError, _ClientGoneError):
+            with told_when_gone(scope, receive, leave):
+                await self._answer(out, exchange_of(scope))
+        except ClientGoneError:
             return
+        except asyncio.CancelledError:
+            if not self._left or task.uncancel():
+                raise
 
-    async def _answer(self, send: Send, exchange: HttpExchange | None) -> None:
+    async def _answer(self, out: Out, exchange: HttpExchange | None) -> None:
         """`exchange`: by which pieces of a stream can be written without waking this task; None: there is none."""
         turns = Turns()
         try:
-            answer, formatter = await self._start(partial(self._tell, send))
+            answer, formatter = await self._start(partial(self._tell, out))
             self._made = answer
             if self._stream:
-                writing = None if exchange is None else _Writing(formatter, exchange)
-                async with aclosing(answer.pieces(writing)) as pieces:
-                    await self._send_stream(pieces, formatter, send, turns, writing)
+                await self._send_stream(answer, formatter, turns, out, exchange)
                 return
-            async with aclosing(answer.pieces(_Gathering(formatter))) as pieces:
-                async for piece in pieces:
-                    formatter.take(piece)
-                    if turns.over:
-                        await turns.give_way()
+            await answer.give_to(_GatheringSink(formatter, turns))
             body = formatter.body()
         except KVFerryError as error:
-            await self._refuse(error, send)
+            await self._refuse(error, out)
             return
-        except _ClientGoneError:
+        except ClientGoneError:
             raise
         except Exception:  # request boundary
             _log.exception("request_failed")
-            await self._refuse(EngineError("internal error"), send)
+            await self._refuse(EngineError("internal error"), out)
             return
-        await _send_whole(send, 200, [*_JSON, *_approximate(answer)], body)
+        await out.whole(200, [*_JSON, *_approximate(answer)], body)
 
-    async def _refuse(self, error: KVFerryError, send: Send) -> None:
+    async def _refuse(self, error: KVFerryError, out: Out) -> None:
         if self._begun:  # it had waited
-            await send({"type": "http.response.body", "body": self._failed(error), "more_body": False})
+            await out.part(self._failed(error), more=False)
             return
         reply = error_response(error)
         headers = [(name, value) for name, value in reply.raw_headers if name != b"content-length"]
-        await _send_whole(send, reply.status_code, headers, bytes(reply.body))
+        await out.whole(reply.status_code, headers, bytes(reply.body))
 
     async def _send_stream(
-        self,
-        pieces: AsyncGenerator[TextPiece],
-        formatter: Formatter,
-        send: Send,
-        turns: Turns,
-        writing: _Writing | None,
+        self, answer: ClientAnswer, formatter: Formatter, turns: Turns, out: Out, exchange: HttpExchange | None
     ) -> None:
         # Where a stream can be cut:
         #   1. before its first piece: the error goes on to `_answer`, which answers it with a status of its own, or
         #      where the client was told that it waits as in the next case;
         #   2. after it: the status is out, so the error is the last event, and `[DONE]` does not follow;
         #   3. by the client, at any send: nothing can be said to it any more.
-        opening = b"".join(formatter.opening())
-        first = await anext(pieces, None)
-        await self._begin(send)
-        if body := opening + (formatter.chunk(first) if first else b""):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-        if writing is not None:
-            writing.begun = True
+        stream = _StreamSink(formatter, turns, out, partial(self._begin, out), exchange)
         try:
-            async for piece in pieces:
-                if body := formatter.chunk(piece):
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-                if turns.over:
-                    await turns.give_way()
+            await answer.give_to(stream)
+            await stream.begin()
             last = formatter.closing()
         except KVFerryError as error:
+            if not stream.begun:
+                raise
             last = formatter.failure(error)
-        except _ClientGoneError:
+        except ClientGoneError:
             raise
         except Exception:  # request boundary; the status is out already
+            if not stream.begun:
+                raise
             _log.exception("stream_failed")
             last = formatter.failure(EngineError("internal error"))
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        await out.part(last, more=False)
 
-    async def _tell(self, send: Send) -> None:
+    async def _tell(self, out: Out) -> None:
         """The request waits for a node. Only in a stream can that be said."""
         if self._stream:
-            await self._begin(send)
-            await send({"type": "http.response.body", "body": _WAITING, "more_body": True})
+            await self._begin(out)
+            await out.part(_WAITING)
 
-    async def _begin(self, send: Send) -> None:
+    async def _begin(self, out: Out) -> None:
         if not self._begun:
             self._begun = True
-            await send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *_approximate(self._made)]})
+            await out.begin(200, [*_SSE, *_approximate(self._made)])
 
 
 def _approximate(answer: ClientAnswer | None) -> list[tuple[bytes, bytes]]:
@@ -244,13 +256,3 @@ def _approximate(answer: ClientAnswer | None) -> list[tuple[bytes, bytes]]:
 def failed_event(error: KVFerryError) -> bytes:
     """By its name the libraries of OpenAI's clients know it."""
     return b"event: error\ndata: " + msgspec.json.encode(reply_of(error)) + b"\n\n"
-
-
-async def _send_whole(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
-    length = (b"content-length", b"%d" % len(body))
-    await send({"type": "http.response.start", "status": status, "headers": [length, *headers]})
-    for start in range(0, max(1, len(body)), _SLICE_BYTES):
-        more = start + _SLICE_BYTES < len(body)
-        await send({"type": "http.response.body", "body": body[start : start + _SLICE_BYTES], "more_body": more})
-        if more:  # tens of MB are copied where the connection does not take them: others have their turn between
-            await asyncio.sleep(0)

@@ -13,7 +13,7 @@ from kvcore.errors import KVFerryError
 from kvcore.process.proven_app import carries_proof
 from router.api.http_errors import ErrorReply
 
-_PATHS = ("/v1/messages", "/v1/messages/count_tokens")
+ANTHROPIC_PATHS = ("/v1/messages", "/v1/messages/count_tokens")
 _TYPES: Mapping[int, str] = MappingProxyType(
     {
         401: "authentication_error",
@@ -64,7 +64,7 @@ class AnthropicErrors:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        if scope["type"] != "http" or scope["path"] not in _PATHS or carries_proof(scope):
+        if scope["type"] != "http" or scope["path"] not in ANTHROPIC_PATHS or carries_proof(scope):
             await self._app(scope, receive, send)
             return
         head: Message | None = None

@@ -7,7 +7,8 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 import pytest
-from support.router_fakes import MAX_CONTEXT, Rig, make_rig
+from support.http_wire import connected
+from support.router_fakes import MAX_CONTEXT, Rig, make_rig, until
 
 from kvcore.process.asgi import AsgiServer
 from router.api.front import Cors
@@ -163,3 +164,27 @@ async def test_a_packed_body_is_refused_by_the_name_of_its_coding(http: httpx.As
         assert "gzip" in reply.json()["error"]["message"] and reply.headers["connection"] == "close"
     plain = await http.post("/v1/completions", json=ASK, headers={"Content-Encoding": "identity"})
     assert plain.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "says"),
+    [
+        (b"/v1/completions", b"", b""),
+        (b"/v1/completions/", b"", b""),
+        (b"/v1/completions", b"Origin: http://localhost\r\n", b"access-control-allow-origin: http://localhost"),
+    ],
+)
+async def test_an_answer_has_its_id_and_is_counted_once_whatever_way_it_goes(
+    path: bytes, more: bytes, says: bytes
+) -> None:
+    rig, body = await make_rig(cors=["loopback"]), json.dumps(ASK).encode()
+    protocol, wire, state = connected(rig.app)
+    head = b"POST %b HTTP/1.1\r\nHost: x\r\nX-Request-Id: mine\r\n%bContent-Length: %d\r\n\r\n"
+    protocol.data_received(head % (path, more, len(body)) + body)
+    await until(lambda: state.total_requests == 1)
+    found, _, answer = wire.sent.partition(b"\r\n\r\n")
+    assert found.count(b"x-request-id: mine") == 1 and says in found
+    assert json.loads(answer)["usage"]["completion_tokens"] == 4
+    assert (len(wire.writes), b"access-control" in found) == (1, bool(says))
+    shown = (await rig.view.metrics()).decode()
+    assert 'endpoint="/v1/completions",status="200"} 1.0' in shown

@@ -23,6 +23,7 @@ from nodeapi.messages import FinishReason, GenerateRequest, TokenDelta
 from nodeapi.protocol import TakeDelta
 from nodeapi.sampling import SamplingParams
 from router.api.formats.completion_format import CompletionFormatter
+from router.api.out import StraightOut
 from router.requests.events import Emit, Fail, Finish
 from router.requests.flow.outputs import Outputs
 from router.requests.limits import RequestLimits
@@ -79,13 +80,19 @@ def texts(wire: Wire) -> str:
 def straight(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """What was written without a task."""
     written: list[bytes] = []
-    write = HttpExchange.write
+    write, part = HttpExchange.write, StraightOut.part
 
     def noting(self: HttpExchange, body: bytes) -> None:
         written.append(body)
         write(self, body)
 
+    async def by_task(self: StraightOut, body: bytes, *, more: bool = True) -> None:
+        before = len(written)
+        await part(self, body, more=more)
+        del written[before:]
+
     monkeypatch.setattr(HttpExchange, "write", noting)
+    monkeypatch.setattr(StraightOut, "part", by_task)
     return written
 
 
