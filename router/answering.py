@@ -3,9 +3,10 @@
 Knows no HTTP and no surface's field names. What becomes of an answer is `router.client_answer`'s.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+
+import msgspec
 
 from kvcore.chunk_keys import adapted_salt
 from kvcore.config.kv.settings import BlendConfig
@@ -39,7 +40,7 @@ def _num_chars(prompt: Prompt) -> int:
     if isinstance(prompt, TokenPrompt):
         return 0
     if isinstance(prompt, TextPrompt):
-        return len(prompt.text) + sum(map(len, prompt.documents))
+        return len(prompt.text) + (sum(map(len, prompt.documents)) if prompt.documents else 0)
     count = 0
     rest: list[object] = [prompt.messages, prompt.tools, prompt.documents, prompt.template_values]
     while rest:
@@ -107,9 +108,9 @@ class Answerer:
             return request
         identity = self.adapters.identity(name)
         specs = [
-            replace(spec, cache_salt=adapted_salt(identity, spec.cache_salt), adapter=name) for spec in request.specs
+            spec.changed(cache_salt=adapted_salt(identity, spec.cache_salt), adapter=name) for spec in request.specs
         ]
-        return replace(request, specs=specs)
+        return msgspec.structs.replace(request, specs=specs)
 
     def told_name(self, name: str | None) -> str:
         """What an answer calls the model for which a checked `model` was sent."""
@@ -127,16 +128,17 @@ class Answerer:
     async def read(self, prompts: Sequence[Prompt], whose: str = "") -> list[PromptTokens]:
         """The tokens of each prompt, and where its documents stand. `whose`: what others have asked makes it no faster.
         Raises InvalidRequestError where the chat template refuses the messages, and OverloadedError."""
-        num_chars, limits = sum(map(_num_chars, prompts)), self._limits
-        tokens = partial(self._reader.tokens, whose=whose)
+        num_chars, limits, tokens = sum(map(_num_chars, prompts)), self._limits, self._reader.tokens
         if num_chars <= limits.inline_chars:
-            return [tokens(prompt) for prompt in prompts]
+            return [tokens(prompt, whose) for prompt in prompts]
         if self._waiting_chars and self._waiting_chars + num_chars > limits.max_waiting_chars:
             raise OverloadedError(f"texts of {self._waiting_chars} characters wait to be made tokens; come back later")
         self._waiting_chars += num_chars
         try:
             return [
-                tokens(prompt) if isinstance(prompt, TokenPrompt) else await self._run(partial(tokens, prompt))
+                tokens(prompt, whose)
+                if isinstance(prompt, TokenPrompt)
+                else await self._run(partial(tokens, prompt, whose))
                 for prompt in prompts
             ]
         finally:
@@ -180,7 +182,7 @@ class Answerer:
             self._check_fit(spec, max_context, request)
         if asks := request.specs[0].sampling.asks:
             refuse_if_all_lack(asks, self._cluster.view(), request.names.of)
-        if sum(spec.sampling.n for spec in request.specs) > self._limits.max_choices:
+        if sum([spec.sampling.n for spec in request.specs]) > self._limits.max_choices:
             text = f"{request.names.n} times the prompts must not be over {self._limits.max_choices}"
             raise InvalidRequestError(text, param=request.names.n)
 
@@ -198,10 +200,10 @@ class Answerer:
 
     def gated(self, request: AnswerRequest) -> AnswerRequest:
         """Its documents are reused if that is allowed now."""
-        if all(spec.documents is None for spec in request.specs):
+        if not [spec for spec in request.specs if spec.documents is not None]:
             return request
         specs = [self._gate.passed(self.model, spec) for spec in request.specs]
-        return replace(request, specs=specs)
+        return msgspec.structs.replace(request, specs=specs)
 
     def _check_fit(self, spec: RequestSpec, max_context: int, request: AnswerRequest) -> None:
         prompt, sampling, names = spec.prompt_token_ids, spec.sampling, request.names
@@ -216,14 +218,15 @@ class Answerer:
         vocab_size = self._cluster.vocab_size()
         if vocab_size is None:
             return
-        given = {
-            names.prompt: prompt if request.token_prompts or self.tokenizer.num_ids > vocab_size else (),
-            names.stop_token_ids: sampling.stop_token_ids,
-            names.logit_bias: sampling.logit_bias,
-            names.of("allowed_token_ids"): sampling.allowed_token_ids,
-            names.of("logprob_token_ids"): sampling.logprob_token_ids,
-        }
-        for name, ids in given.items():
-            if (biggest := max(ids, default=0)) >= vocab_size:
-                text = f"{name}: token id {biggest} is outside of the vocabulary of {vocab_size}"
-                raise InvalidRequestError(text, param=name)
+        if request.token_prompts or self.tokenizer.num_ids > vocab_size:
+            _check_ids(names.prompt, prompt, vocab_size)
+        _check_ids(names.stop_token_ids, sampling.stop_token_ids, vocab_size)
+        _check_ids(names.logit_bias, sampling.logit_bias, vocab_size)
+        _check_ids(names.of("allowed_token_ids"), sampling.allowed_token_ids, vocab_size)
+        _check_ids(names.of("logprob_token_ids"), sampling.logprob_token_ids, vocab_size)
+
+
+def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
+    if ids and (biggest := max(ids)) >= vocab_size:
+        text = f"{name}: token id {biggest} is outside of the vocabulary of {vocab_size}"
+        raise InvalidRequestError(text, param=name)

@@ -1,8 +1,8 @@
 """How long a first token may take, as a client says it in a header."""
 
 import math
-from dataclasses import replace
 
+import msgspec
 from starlette.types import Scope
 
 from kvcore.errors import InvalidRequestError
@@ -23,4 +23,5 @@ def with_first_token(request: AnswerRequest, scope: Scope) -> AnswerRequest:
         seconds = math.nan
     if not (0 < seconds < math.inf):
         raise InvalidRequestError(f"{HEADER}: must be a number of seconds above 0")
-    return replace(request, turn=replace(request.turn, client_s=seconds))
+    turn = msgspec.structs.replace(request.turn, client_s=seconds)
+    return msgspec.structs.replace(request, turn=turn)

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+import msgspec
 from starlette.types import Scope
 
 from kvcore.errors import InvalidRequestError
@@ -29,8 +30,7 @@ MakeFormatter = Callable[[ClientAnswer, str, int, Tokenizer], Formatter]
 """Of an answer, by the model's name and the time in seconds at which it began."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """`num_bytes`: of all that the prompts are made of. `prompt`: what the surface calls the prompt; None: as OpenAI's
     endpoint of that kind does."""
 
@@ -98,12 +98,14 @@ class AnswerStart:
             await answerer.check_grammar(form.grammar, form.param, caller.tenant or flow_of(body, self._limits))
         given = await beside_if_large(asked.num_bytes, partial(prompts_of, body, self._limits))
         prompts = await answerer.read(given, caller.apart(body.cache_salt))
+        token_ids = [one.token_ids for one in prompts]
         shows_prompt = isinstance(body, ChatRequest) and body.return_prompt_text
         if self._no_node is not None:
-            await self._no_node.until_up([one.token_ids for one in prompts], tell)
+            await self._no_node.until_up(token_ids, tell)
+        words = bad_words_of(body, self._limits)
         wanted = answer_request(
             body,
-            [one.token_ids for one in prompts],
+            token_ids,
             max_context=answerer.max_context,
             habits=self._habits,
             request_id=request_id,
@@ -111,13 +113,12 @@ class AnswerStart:
             limits=self._limits,
             prompt_name=asked.prompt,
             form=form,
-            bad_words=await answerer.bad_words(bad_words_of(body, self._limits), self._limits.max_bad_words),
+            bad_words=await answerer.bad_words(words, self._limits.max_bad_words) if words else [],
             prompt_text=await answerer.prompt_text(given[0]) if shows_prompt else None,
             documents=[one.documents for one in prompts],
         )
         wanted = answerer.adapted(with_first_token(wanted, scope), body.model)
-        with caller.owns(wanted) as owned:
-            answer = await answerer.admit(owned)
+        answer = await caller.begin(wanted, answerer.admit)
         try:
             name = answerer.told_name(body.model)
             return answer, asked.formatter(answer, name, int(time.time()), answerer.tokenizer)

@@ -79,6 +79,7 @@ class _StreamSink:
     ) -> None:
         self._formatter, self._turns, self._out, self._begin = formatter, turns, out, begin
         self._exchange = exchange
+        self._opening = b"".join(formatter.opening())  # now: it says how many tokens there have been
         self.begun = False
         """The head and the first piece, if there is any, are out."""
 
@@ -105,7 +106,7 @@ class _StreamSink:
         """The head, and all that comes before and with the first piece; None: there is none. Once."""
         if self.begun:
             return
-        body = b"".join(self._formatter.opening()) + (self._formatter.chunk(first) if first else b"")
+        body = self._opening + (self._formatter.chunk(first) if first else b"")
         await self._begin()
         if body:
             await self._out.part(body)

@@ -32,4 +32,4 @@ class DocumentGate:
         why = named.why or ("" if named.spans else "none has a token")
         if not why and spec.sampling.prompt_logprobs is not None:
             why = "logprobs of the prompt are wanted, which KV does not have"
-        return replace(spec, documents=replace(named, k=self._config.k, why=why or self.why_not(model, named.kind)))
+        return spec.changed(documents=replace(named, k=self._config.k, why=why or self.why_not(model, named.kind)))

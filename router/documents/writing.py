@@ -12,7 +12,9 @@ Blanks around a document are no part of it: templates trim texts, and its tokens
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import msgspec
 
 from kvcore.errors import InvalidRequestError
 from router.documents.named import DocumentKind
@@ -59,7 +61,9 @@ class DocumentWriter:
         """The prompt, which names no documents any more. `by_template`: it writes `documents` out. Raises
         InvalidRequestError where there is no place for them."""
         if isinstance(prompt, TextPrompt):
-            return replace(prompt, text=self._before(prompt.documents) + self._split(prompt.text), documents=())
+            return msgspec.structs.replace(
+                prompt, text=self._before(prompt.documents) + self._split(prompt.text), documents=()
+            )
         messages = [self._message(message) for message in prompt.messages]
         given, before = prompt.documents, ""
         if given and by_template:
@@ -77,7 +81,7 @@ class DocumentWriter:
             messages[users[-1]] = _with_first(messages[users[-1]], lambda text: before + text)
         if users:
             messages[users[0]] = _with_first(messages[users[0]], self._head)
-        return replace(prompt, messages=messages, documents=given)
+        return msgspec.structs.replace(prompt, messages=messages, documents=given)
 
     def _message(self, message: Mapping[str, object]) -> Mapping[str, object]:
         content = message.get("content")
@@ -165,7 +169,7 @@ def document_texts(documents: Sequence[str | Mapping[str, object]]) -> list[str]
 def is_written_by(render: Callable[[ChatPrompt], str], prompt: ChatPrompt) -> bool:
     """Whether the model's chat template writes the prompt's `documents` out."""
     marked = [{**one, "text": _BEGIN + _text_of(one) + _END} for one in prompt.documents or ()]
-    return _BEGIN in render(replace(prompt, documents=marked))
+    return _BEGIN in render(msgspec.structs.replace(prompt, documents=marked))
 
 
 def _parts(message: Mapping[str, object]) -> Iterator[Mapping[str, object]]:

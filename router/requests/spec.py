@@ -5,7 +5,10 @@ answers them (`router.answering`, `router.requests`) knows these alone.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Self
+
+import msgspec
 
 from kvcore.documents.keys import keys_of_documents
 from kvcore.types import ChunkKey
@@ -20,8 +23,7 @@ from router.routing.index import KeptKeys
 from router.text.repetition import Repetition
 
 
-@dataclass(frozen=True, slots=True)
-class TextPrompt:
+class TextPrompt(msgspec.Struct, frozen=True):
     """Text to go on from; special tokens, as the tokenizer adds them, come first unless the client wants none."""
 
     text: str
@@ -30,15 +32,13 @@ class TextPrompt:
     """Texts that come before it, see `router.documents.writing`."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenPrompt:
+class TokenPrompt(msgspec.Struct, frozen=True):
     """Token ids, taken as they are."""
 
     token_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
+class ChatPrompt(msgspec.Struct, frozen=True):
     """What the model's chat template makes the prompt of."""
 
     messages: Sequence[Mapping[str, object]]
@@ -48,7 +48,7 @@ class ChatPrompt:
     """Whether the prompt ends with what begins the assistant's next message."""
     continue_final_message: bool = False
     """Whether the prompt ends where the last message's text ends, for the model to go on with it."""
-    template_values: Mapping[str, object] = field(default_factory=dict)
+    template_values: Mapping[str, object] = {}
     """What the client gives the template beside the messages. They count before the special tokens of the same name."""
     documents: Sequence[Mapping[str, object]] | None = None
     tools: Sequence[Mapping[str, object]] | None = None
@@ -59,8 +59,7 @@ class ChatPrompt:
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 
-@dataclass(frozen=True, slots=True)
-class FieldNames:
+class FieldNames(msgspec.Struct, frozen=True):
     """What the client calls its fields, for the messages and the `param` of errors."""
 
     prompt: str = "prompt"
@@ -69,7 +68,7 @@ class FieldNames:
     n: str = "n"
     stop_token_ids: str = "stop_token_ids"
     logit_bias: str = "logit_bias"
-    others: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = {}
     """Of SamplingParams, where the client calls them otherwise."""
 
     def of(self, name: str) -> str:
@@ -77,8 +76,7 @@ class FieldNames:
         return self.others.get(name, name)
 
 
-@dataclass(frozen=True, slots=True)
-class Scoring:
+class Scoring(msgspec.Struct, frozen=True):
     """What the client wants to see of its prompts.
 
     `echoes`: what each answer begins with, one a prompt; None in its place: the text of the prompt's tokens; None: no
@@ -94,8 +92,7 @@ class Scoring:
     listed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ShownFields:
+class ShownFields(msgspec.Struct, frozen=True):
     """What the client wants to see beside the text. Logprobs are asked of the engine: `SamplingParams.logprobs`."""
 
     token_ids: bool = False
@@ -112,8 +109,7 @@ class ShownFields:
     scoring: Scoring = Scoring()
 
 
-@dataclass(frozen=True, slots=True)
-class TextOptions:
+class TextOptions(msgspec.Struct, frozen=True):
     """How an answer's tokens become its text."""
 
     skip_special_tokens: bool = True
@@ -159,8 +155,7 @@ class AnswerReading:
         return ReasoningTokens(AnswerParser(self.dialect, tools, prompt_end, continues=self.continues))
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSpec:
+class RequestSpec(msgspec.Struct, frozen=True):
     """One prompt in tokens, validated. `request_id` is unique; `client_request_id` is the client's own name for it."""
 
     request_id: str
@@ -182,11 +177,14 @@ class RequestSpec:
     """The name of the adapter that the salt names, for people; empty: the model alone."""
     documents: NamedDocuments | None = None
     """That the client names in it. None: it names none."""
-    keys: KeptKeys = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Of its chunks, once they were looked for. A spec that is made of this one begins without."""
-
-    document_keys: KeptDocumentKeys = field(default_factory=dict, init=False, repr=False, compare=False)
+    keys: KeptKeys = {}
+    """Of its chunks, once they were looked for."""
+    document_keys: KeptDocumentKeys = {}
     """As `keys`, of its documents."""
+
+    def changed(self, **fields: object) -> Self:
+        """Another one, that differs in these. Its keys are not known yet: they depend on the salt."""
+        return msgspec.structs.replace(self, keys={}, document_keys={}, **fields)
 
     def keys_of_documents(self, fingerprint: bytes, chunk_tokens: int) -> list[list[ChunkKey]]:
         """Of each document that it names."""
@@ -211,8 +209,7 @@ class RequestSpec:
         return 0 if top is None else self.sampling.n * len(self.prompt_token_ids) * (1 + top)
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(msgspec.Struct, frozen=True):
     """By what a request's turn is known, where it must wait for one, and how long it may.
 
     `flow`: who shares with others: its tenant, or where no keys are configured the `user` that the client names.
@@ -228,8 +225,7 @@ class Turn:
     """Among those of its flow: lower is sooner."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerRequest:
+class AnswerRequest(msgspec.Struct, frozen=True):
     """All that one answer is made of: a RequestSpec a prompt, each with its own seed and its own room for tokens.
 
     `stops`: strings that end a completion. Invariant: at least one spec; the first one's id is the answer's.

@@ -1,10 +1,11 @@
 """Who asks: what a route may know of a request's caller, and how the caller's requests become its tenant's own."""
 
 import hashlib
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
+import msgspec
 from starlette.types import Scope
 
 from kvcore.chunk_keys import adapted_salt, split_adapter
@@ -13,6 +14,7 @@ from kvcore.tenants.salts import TenantSalt
 from router.requests.spec import AnswerRequest, RequestSpec
 
 _SCOPE = "kvferry.caller"
+_Begun = TypeVar("_Begun")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +39,31 @@ class Caller:
     give_back: Callable[[int], None] = lambda _: None
     """So many of them do not count."""
 
-    @contextmanager
-    def owns(self, request: AnswerRequest) -> Generator[AnswerRequest]:
-        """The request, with KV that is nobody else's. It begins within the block: what that raises is raised, and then
-        its tokens do not count. Raises RateLimitError."""
+    async def begin(self, request: AnswerRequest, begin: Callable[[AnswerRequest], Awaitable[_Begun]]) -> _Begun:
+        """What `begin` makes of the request, with KV that is nobody else's. Where it raises, which is raised, the
+        request's tokens do not count. Raises RateLimitError."""
         if self.salt is None:
-            yield request
-            return
+            return await begin(request)
         tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)
         self.take_tokens(tokens)
         try:
-            yield self.salted(request)
+            return await begin(self.salted(request))
         except BaseException:
             self.give_back(tokens)
             raise
 
     def salted(self, request: AnswerRequest) -> AnswerRequest:
-        """As `owns`, and counts nothing."""
+        """The request, with KV that is nobody else's; counts nothing."""
         if self.salt is None:
             return request
         salts = [self._salt(self.salt, one) for one in request.specs]
         who, share = self.tenant, self.max_share
         specs = [
-            replace(one, cache_salt=salt, tenant=who, max_share=share, flow=who)
+            one.changed(cache_salt=salt, tenant=who, max_share=share, flow=who)
             for one, salt in zip(request.specs, salts, strict=True)
         ]
-        turn = replace(request.turn, flow=who, rank=self.rank, tenant_s=self.first_token_s)
-        return replace(request, specs=specs, turn=turn)
+        turn = msgspec.structs.replace(request.turn, flow=who, rank=self.rank, tenant_s=self.first_token_s)
+        return msgspec.structs.replace(request, specs=specs, turn=turn)
 
     def _salt(self, own: TenantSalt, spec: RequestSpec) -> bytes:
         adapter, salt = split_adapter(spec.cache_salt)

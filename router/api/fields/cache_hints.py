@@ -11,6 +11,7 @@ import msgspec
 from router.requests.hints import CacheHint
 
 _MAX_HINTS = 8
+_NONE_GIVEN = (None,) * 4
 _MAX_CHARS = 64
 _MAX_SESSION_CHARS = 512
 _ANTHROPIC_TTL = "5m"
@@ -38,6 +39,14 @@ class MarkedForCache(msgspec.Struct, frozen=True):
 
 def hints_of(request: CacheHintFields, marks: Sequence[MarkedForCache] = ()) -> tuple[CacheHint, ...]:
     """All hints of a request, each once; the first few."""
+    given = (
+        request.prompt_cache_key,
+        request.prompt_cache_retention,
+        request.prompt_cache_options,
+        request.cache_control,
+    )
+    if not marks and given == _NONE_GIVEN:
+        return ()
     return tuple(dict.fromkeys(_all(request, marks)))[:_MAX_HINTS]
 
 

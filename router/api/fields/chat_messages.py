@@ -90,13 +90,13 @@ def message_of(number: int, message: ChatMessage) -> Mapping[str, object]:
 
 
 def marks_of(messages: Iterable[ChatMessage]) -> list[MarkedForCache]:
-    """What they and their parts ask of the cache."""
+    """What those of them and of their parts ask of the cache that ask anything."""
     parts = [part for message in messages if isinstance(message.content, list) for part in message.content]
-    marks = [MarkedForCache(message.cache_control) for message in messages]
+    marks = [MarkedForCache(message.cache_control) for message in messages if message.cache_control is not None]
     marks += [
         MarkedForCache(part.cache_control, part.prompt_cache_breakpoint)
         for part in parts
-        if isinstance(part, ContentPart)
+        if isinstance(part, ContentPart) and not (part.cache_control is part.prompt_cache_breakpoint is None)
     ]
     return marks
 

@@ -3,7 +3,6 @@
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 
 from kvcore.errors import InvalidRequestError
 
@@ -17,7 +16,12 @@ _NO_ID = "has token ids that no vocabulary has"
 def require(holds: bool, param: str, rule: str) -> None:
     """Raises InvalidRequestError with the field's name and its rule unless the rule `holds`."""
     if not holds:
-        raise InvalidRequestError(f"{param} {rule}", param=param)
+        raise refusal(param, rule)
+
+
+def refusal(param: str, rule: str) -> InvalidRequestError:
+    """That the field does not keep its rule: for rules that take longer to be written than to be checked."""
+    return InvalidRequestError(f"{param} {rule}", param=param)
 
 
 def refuse(param: str, is_given: bool) -> None:
@@ -55,60 +59,39 @@ def biases(given: Mapping[str, float], most: int) -> dict[int, float]:
     return found
 
 
-class TokenLists:
-    """The lists of tokens among a request's fields, checked when they are first read, and once. `bad_words`: their
-    tokens, which have been checked."""
-
-    def __init__(
-        self,
-        logit_bias: Mapping[str, float] | None,
-        stop_token_ids: Sequence[int] | None,
-        allowed_token_ids: Sequence[int] | None,
-        most: int,
-        bad_words: list[list[int]],
-    ) -> None:
-        self._bias, self._ends, self._most = logit_bias or {}, stop_token_ids or (), most
-        self._allowed, self.bad_words = allowed_token_ids, bad_words
-
-    @cached_property
-    def bias(self) -> dict[int, float]:
-        """See `biases`."""
-        return biases(self._bias, self._most)
-
-    @cached_property
-    def allowed(self) -> list[int]:
-        """Of `allowed_token_ids`, each once, in ascending order."""
-        if self._allowed is None:
-            return []
-        return sorted(set(token_ids(self._allowed, "allowed_token_ids")))
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """See `stop_ids`."""
-        return stop_ids(self._ends, self._most)
+def allowed_ids(ids: Sequence[int]) -> list[int]:
+    """Of `allowed_token_ids`, each once, in ascending order."""
+    return sorted(set(token_ids(ids, "allowed_token_ids")))
 
 
 def number(value: float | None, default: float, param: str, low: float, high: float) -> float:
     """Of a field that may be left out, or null. Raises InvalidRequestError."""
     if value is None:
         return default
-    require(math.isfinite(value) and low <= value <= high, param, f"must lie between {low:g} and {high:g}")
+    if not (math.isfinite(value) and low <= value <= high):
+        raise refusal(param, f"must lie between {low:g} and {high:g}")
     return value
 
 
 def top_p(value: float | None, default: float) -> float:
     """`default` where it is left out."""
-    require(value is None or 0.0 < value <= 1.0, "top_p", "must be above 0 and at most 1")
-    return default if value is None else value
+    if value is None:
+        return default
+    require(0.0 < value <= 1.0, "top_p", "must be above 0 and at most 1")
+    return value
 
 
 def top_k(value: int | None, default: int) -> int:
     """0: all tokens. `default` where it is left out."""
-    require(value is None or -1 <= value < INT64, "top_k", "must be at least 1, or 0 or -1 for all")
-    return max(0, default if value is None else value)
+    if value is None:
+        return max(0, default)
+    require(-1 <= value < INT64, "top_k", "must be at least 1, or 0 or -1 for all")
+    return max(0, value)
 
 
 def repetition_penalty(value: float | None, default: float) -> float:
     """`default` where it is left out."""
-    require(value is None or (value > 0 and math.isfinite(value)), "repetition_penalty", "must be above 0")
-    return default if value is None else value
+    if value is None:
+        return default
+    require(value > 0 and math.isfinite(value), "repetition_penalty", "must be above 0")
+    return value

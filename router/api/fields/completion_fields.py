@@ -21,10 +21,10 @@ class CompletionRequest(CommonFields, frozen=True, kw_only=True):
 
 def completion_prompts(request: CompletionRequest, limits: ApiLimits) -> list[Prompt]:
     """Raises InvalidRequestError."""
-    n = 1 if request.n is None else request.n
-    refuse("best_of", request.best_of is not None and request.best_of != n)
+    if request.best_of is not None:
+        refuse("best_of", request.best_of != (1 if request.n is None else request.n))
     prompt, special_tokens = request.prompt, request.add_special_tokens is not False
-    documents = tuple(document_texts(request.documents or ()))
+    documents = tuple(document_texts(request.documents)) if request.documents else ()
     if isinstance(prompt, str):
         return [TextPrompt(prompt, special_tokens, documents)]
     require(len(prompt) > 0, "prompt", "must not be empty")

@@ -14,8 +14,8 @@ from router.api.fields.batch_fields import chat_prompts, chats_of
 from router.api.fields.cache_hints import MarkedForCache, hints_of, session_of
 from router.api.fields.chat_fields import ChatRequest
 from router.api.fields.chat_messages import marks_of
-from router.api.fields.checks import INT64, TokenLists, require
-from router.api.fields.common_fields import RepetitionDetection, StreamOptions
+from router.api.fields.checks import INT64, require
+from router.api.fields.common_fields import RepetitionDetection
 from router.api.fields.completion_fields import CompletionRequest, completion_prompts
 from router.api.fields.sampling_fields import DEFAULT_COMPLETION_TOKENS, max_tokens_of, sampling_of
 from router.api.fields.score_fields import AnyRequest, check_size, scoring_of
@@ -77,34 +77,36 @@ def answer_request(
     """
     stops, salt, reading = _stops(request, limits), _cache_salt(request, limits), _reading(request, habits.dialect)
     hints = hints_of(request, _marks(request))
-    allowed, bans, context = request.allowed_token_ids, bad_words or [], max_context or _ANY_CONTEXT
+    context = max_context or _ANY_CONTEXT
     longest, named = max_tokens_of(request, 0, DEFAULT_COMPLETION_TOKENS, None)
     room = context - longest
-    lists = TokenLists(request.logit_bias, request.stop_token_ids, allowed, limits.max_biases, bans)
-    flow = flow_of(request, limits)
-    specs = [
-        RequestSpec(
-            request_id=request_id if number == 0 else f"{request_id}-{number}",
-            prompt_token_ids=prompt,
-            sampling=sampling_of(
-                request,
-                len(prompt),
-                context,
-                limits,
-                lists=lists,
-                defaults=habits.sampling,
-                grammar=_grammar(request, form, prompt, habits.marks),
-            ),
-            cache_salt=salt,
-            client_request_id=client_request_id,
-            hints=hints,
-            session=session_of(request),
-            flow=flow,
-            documents=said if said is None or prompt == whole else replace(said, spans=(), why=_CUT),
+    flow, session = flow_of(request, limits), session_of(request)
+    specs: list[RequestSpec] = []
+    for number, (whole, said) in enumerate(zip_longest(prompts, documents)):
+        prompt = truncated(whole, request.truncate_prompt_tokens, request.truncation_side, room, context)
+        sampling = sampling_of(
+            request,
+            len(prompt),
+            context,
+            limits,
+            bad_words=bad_words or [],
+            defaults=habits.sampling,
+            grammar=None if form is None else _grammar(request, form, prompt, habits.marks),
+            first=specs[0].sampling if specs else None,
         )
-        for number, (whole, said) in enumerate(zip_longest(prompts, documents))
-        for prompt in [truncated(whole, request.truncate_prompt_tokens, request.truncation_side, room, context)]
-    ]
+        specs.append(
+            RequestSpec(
+                request_id=request_id if number == 0 else f"{request_id}-{number}",
+                prompt_token_ids=prompt,
+                sampling=sampling,
+                cache_salt=salt,
+                client_request_id=client_request_id,
+                hints=hints,
+                session=session,
+                flow=flow,
+                documents=said if said is None or prompt == whole else replace(said, spans=(), why=_CUT),
+            )
+        )
     check_size(specs, limits)
     scoring = scoring_of(request)
     return AnswerRequest(
@@ -135,12 +137,8 @@ def grammar_asked_by(request: AnyRequest, dialect: Dialect | None) -> AskedGramm
     return tool_grammar(request.tools, request.tool_choice, dialect=dialect, one_call=one_call) or form
 
 
-def _grammar(
-    request: AnyRequest, form: AskedGrammar | None, prompt: Sequence[int], marks: ReasoningMarks | None
-) -> Grammar | None:
+def _grammar(request: AnyRequest, form: AskedGrammar, prompt: Sequence[int], marks: ReasoningMarks | None) -> Grammar:
     """That of one prompt: a chat's answer may reason first."""
-    if form is None:
-        return None
     if form.whole or marks is None or not isinstance(request, ChatRequest):
         return form.grammar
     return marks.place(form.grammar, prompt, continues=bool(request.continue_final_message))
@@ -152,8 +150,9 @@ def flow_of(request: AnyRequest, limits: ApiLimits) -> str:
 
 
 def _marks(request: AnyRequest) -> list[MarkedForCache]:
-    chats = chats_of(request) if isinstance(request, ChatRequest) else ()
-    return [mark for chat in chats for mark in marks_of(chat.messages)]
+    if not isinstance(request, ChatRequest):
+        return []
+    return [mark for chat in chats_of(request) for mark in marks_of(chat.messages)]
 
 
 def _asks_length(request: AnyRequest) -> bool:
@@ -187,14 +186,18 @@ def _text_options(request: AnyRequest, reading: AnswerReading | None) -> TextOpt
 
 
 def _priority(value: int | None) -> int:
-    priority = value or 0
+    if not value:
+        return 0
+    priority = value
     require(-INT64 <= priority < INT64, "priority", "must be a 64-bit integer")
     return priority
 
 
 def bad_words_of(request: AnyRequest, limits: ApiLimits) -> list[str]:
     """The words that are to be made tokens."""
-    words, longest = request.bad_words or [], limits.max_bad_word_chars
+    if not request.bad_words:
+        return []
+    words, longest = request.bad_words, limits.max_bad_word_chars
     require(len(words) <= limits.max_bad_words, "bad_words", f"has at most {limits.max_bad_words} words")
     require(sum(map(len, words)) <= longest, "bad_words", f"has at most {longest} characters in all")
     return words
@@ -221,9 +224,9 @@ def _repetition(asked: RepetitionDetection | None, limits: ApiLimits) -> Repetit
 
 
 def _shown(request: AnyRequest, prompt_text: str | None, scoring: Scoring) -> ShownFields:
-    options = request.stream_options or StreamOptions()
-    usage = bool(request.stream and options.include_usage)
-    so_far = usage and bool(options.continuous_usage_stats)
+    options = request.stream_options
+    usage = bool(request.stream and options is not None and options.include_usage)
+    so_far = usage and options is not None and bool(options.continuous_usage_stats)
     interval = 1 if request.stream_interval is None else request.stream_interval
     require(interval >= 1, "stream_interval", "must be at least 1")
     return ShownFields(
@@ -238,7 +241,9 @@ def _shown(request: AnyRequest, prompt_text: str | None, scoring: Scoring) -> Sh
 
 
 def _stops(request: AnyRequest, limits: ApiLimits) -> list[str]:
-    stops = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
+    if request.stop is None:
+        return []
+    stops = [request.stop] if isinstance(request.stop, str) else list(request.stop)
     require(len(stops) <= limits.max_stops, "stop", f"has at most {limits.max_stops} strings")
     longest = limits.max_stop_chars
     require(all(0 < len(stop) <= longest for stop in stops), "stop", f"has 1 to {longest} characters each")

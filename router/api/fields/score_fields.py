@@ -11,17 +11,20 @@ from nodeapi.sampling import SamplingParams
 from router.api.fields.batch_fields import ChatBatch, chats_of
 from router.api.fields.chat_fields import ChatRequest, begins_message
 from router.api.fields.chat_messages import message_of
-from router.api.fields.checks import require, token_ids
+from router.api.fields.checks import refusal, require, token_ids
 from router.api.fields.completion_fields import CompletionRequest
 from router.api.limits import ApiLimits
 from router.requests.spec import RequestSpec, Scoring
 from router.text.message_content import join_parts
 
 AnyRequest = ChatRequest | CompletionRequest
+_NOTHING = Scoring()
 
 
 def scored(request: AnyRequest, sampling: SamplingParams, limits: ApiLimits) -> SamplingParams:
     """`sampling` with what is to be scored. Raises InvalidRequestError."""
+    if not _scores(request):
+        return sampling
     wants, given, most = _wants_logprobs(request), request.prompt_logprobs, limits.max_logprobs
     require(given is None or 0 <= given <= most, "prompt_logprobs", f"must lie between 0 and {most}")
     require(not (given and request.stream), "prompt_logprobs", "are not available when stream is true")
@@ -40,18 +43,20 @@ def scored(request: AnyRequest, sampling: SamplingParams, limits: ApiLimits) -> 
 
 def check_size(specs: Sequence[RequestSpec], limits: ApiLimits) -> None:
     """Raises InvalidRequestError where the prompts' logprobs are more than an answer holds."""
-    count = sum(spec.scores for spec in specs)
-    rule = f"and echo: {count} logprobs of prompts; an answer has at most {limits.max_scores}"
-    require(count <= limits.max_scores, "prompt_logprobs", rule)
+    if (count := sum([spec.scores for spec in specs])) > limits.max_scores:
+        rule = f"and echo: {count} logprobs of prompts; an answer has at most {limits.max_scores}"
+        raise refusal("prompt_logprobs", rule)
 
 
 def is_prompt_alone(request: AnyRequest) -> bool:
     """Whether the prompt is all that is wanted. One token is computed behind it, and counted, as by vLLM's server."""
-    return isinstance(request, CompletionRequest) and bool(request.echo) and request.max_tokens == 0
+    return request.max_tokens == 0 and isinstance(request, CompletionRequest) and bool(request.echo)
 
 
 def scoring_of(request: AnyRequest) -> Scoring:
     """What of it the answer shows."""
+    if not _scores(request):
+        return _NOTHING
     echoes: list[str | None] | None = None
     if request.echo and isinstance(request, CompletionRequest):
         prompt, silent = request.prompt, request.return_token_ids
@@ -67,6 +72,11 @@ def scoring_of(request: AnyRequest) -> Scoring:
         prompt_alone=is_prompt_alone(request),
         listed=bool(request.logprob_token_ids),
     )
+
+
+def _scores(request: AnyRequest) -> bool:
+    """Whether any of these fields is there that asks for something by itself."""
+    return bool(request.echo or request.logprob_token_ids) or request.prompt_logprobs is not None
 
 
 def _wants_logprobs(request: AnyRequest) -> bool:

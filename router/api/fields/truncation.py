@@ -12,10 +12,10 @@ def truncated(prompt: list[int], limit: int | None, side: str | None, room: int,
     `side`: where tokens are taken away; None: left, as a model goes on from what comes last.
     """
     require(side in SIDES, "truncation_side", "must be left or right")
-    require(limit is None or limit >= -1, "truncate_prompt_tokens", "must be at least 0, or -1 for what fits")
-    require(limit is None or limit <= context, "truncate_prompt_tokens", f"must not be over the context of {context}")
     if limit is None:
         return prompt
+    require(limit >= -1, "truncate_prompt_tokens", "must be at least 0, or -1 for what fits")
+    require(limit <= context, "truncate_prompt_tokens", f"must not be over the context of {context}")
     kept = max(1, room) if limit == -1 else limit  # where there is no room, that is what is said
     if len(prompt) <= kept:
         return prompt

@@ -1,6 +1,5 @@
 """What the ways to a first token would take, and which one is taken; what is measured of nodes."""
 
-import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -370,7 +369,7 @@ async def test_a_prompt_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatc
     for _ in range(3):
         found = rig.dispatcher.route(asked)
         assert found.route is not None and found.route.expected_cached_tokens == 96
-    assert len(hashed) == 1 and not dataclasses.replace(asked, prompt_token_ids=[1]).keys, "another prompt's are others"
+    assert len(hashed) == 1 and not asked.changed(prompt_token_ids=[1]).keys, "another prompt's are others"
 
 
 def test_a_prefiller_counts_more_for_what_it_only_writes_after_computing():

@@ -1,6 +1,5 @@
 """Documents as routing sees them: whoever has them counts as a holder, behind what a prefix has."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,7 +81,7 @@ async def test_nodes_that_take_none_are_passed_over_while_others_are_there() -> 
     assert any(out.node == "d0" and out.reason == "takes no documents" for out in decision.left_out())
     nodes["d1"].down = True
     await rig.prober.probe()
-    assert rig.dispatcher.route(replace(asked(), request_id="other")).route is not None
+    assert rig.dispatcher.route(asked().changed(request_id="other")).route is not None
 
 
 async def test_where_no_node_takes_them_nothing_is_looked_for() -> None:
