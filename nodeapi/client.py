@@ -3,8 +3,8 @@
 Owns the translation of bodies and refusals. Decides nothing and retries nothing.
 """
 
-from collections import deque
-from collections.abc import AsyncGenerator, Callable
+import asyncio
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -17,11 +17,10 @@ from kvcore.errors import (
     ProofError,
     error_from_code,
 )
-from kvcore.trust.http_proof import FrameSeal
 from kvcore.trust.opening import OPEN, ClusterTrust
 from nodeapi.documents import CompareReply, CompareRequest
 from nodeapi.frames import FrameDecoder, FrameError
-from nodeapi.http_calls import HttpCalls
+from nodeapi.http_calls import HttpCalls, OpenAnswer
 from nodeapi.messages import (
     OLDEST_PROTOCOL,
     PROTOCOL,
@@ -36,7 +35,7 @@ from nodeapi.messages import (
     StreamFrame,
     TokenDelta,
 )
-from nodeapi.protocol import TakeDelta
+from nodeapi.protocol import DeltaReader
 from nodeapi.upkeep import (
     ChunksReply,
     ChunksRequest,
@@ -50,7 +49,8 @@ from nodeapi.upkeep import (
 
 MAX_FRAME_BYTES = 4 << 20
 MAX_TAKEN = 32
-"""Deltas that come at once and are given straight to who takes them; behind them others have their turn."""
+"""Deltas that come at once and are taken in one turn; behind them others have theirs. A node may send thousands at
+once, of 0.1 ms each where there are logprobs."""
 MAX_REPORT_BYTES = 1 << 20
 """Of nodes of which nothing is known yet many are asked at once."""
 _REPORTS_KEPT, _LONGEST_KEPT = 4096, 16 << 10
@@ -82,7 +82,6 @@ class HttpNodeClient:
         self._encoder = msgspec.msgpack.Encoder()
         self._reports: dict[str, tuple[bytes, NodeReport | None]] = {}
         """By URL, the last one and its bytes: read anew only where it says something else."""
-        self._frames = msgspec.msgpack.Decoder(StreamFrame)
 
     def __repr__(self) -> str:
         return f"<HttpNodeClient over {self._calls!r}>"
@@ -92,35 +91,18 @@ class HttpNodeClient:
         return await self._ask(f"{url}/v1/prefill", request, PrefillResult, timeout_s)
 
     async def generate(
-        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
-    ) -> AsyncGenerator[TokenDelta]:
+        self, url: str, request: GenerateRequest, reader: DeltaReader, *, first_s: float, gap_s: float
+    ) -> None:
         """See NodeClient."""
         body = self._encoder.encode(request)
-        unfinished = request.sampling.n
-        with await self._calls.open("POST", f"{url}/v1/generate", body, timeout_s) as answer:
-            cutter, unread = FrameDecoder(MAX_FRAME_BYTES), deque[TokenDelta | StreamError]()
-
-            def feed(data: bytes) -> bool:
-                frames = self._frames_in(data, cutter, url, answer.seal)
-                for at, frame in enumerate(frames):
-                    if take is None or unread or at == MAX_TAKEN or isinstance(frame, StreamError) or not take(frame):
-                        unread.extend(frames[at:])
-                        break
-                return not unread
-
-            more = True
-            while more:
-                more = await answer.pass_on(feed, timeout_s)
-                while unread:
-                    frame = unread.popleft()
-                    if isinstance(frame, StreamError):
-                        raise error_from_code(frame.code, frame.message)
-                    if frame.finish_reason is not None:
-                        unfinished -= 1
-                        answer.finished = not unfinished
-                    yield frame
-            if not cutter.at_boundary:
-                raise NodeUnavailableError(f"{url} broke off inside a frame")
+        with await self._calls.open("POST", f"{url}/v1/generate", body, first_s) as answer:
+            until = answer.until(first_s)
+            deltas = _Deltas(url, answer, reader, request.sampling.n, until=until, gap_s=gap_s)
+            while await answer.pass_on(deltas.feed, until):
+                if not await deltas.caught_up():
+                    return
+                until = answer.until(gap_s)
+            deltas.check_ended()
 
     async def compare(self, url: str, request: CompareRequest, *, timeout_s: float) -> CompareReply:
         """Have the node compute a prompt both ways. Raises as the other calls do."""
@@ -173,16 +155,70 @@ class HttpNodeClient:
     async def _ask(self, url: str, request: msgspec.Struct, kind: type[_Reply], timeout_s: float) -> _Reply:
         return _decode(await self._calls.fetch("POST", url, self._encoder.encode(request), timeout_s), kind, url)
 
-    def _frames_in(
-        self, data: bytes, cutter: FrameDecoder, url: str, seal: FrameSeal | None
-    ) -> list[TokenDelta | StreamError]:
-        opened: Callable[[bytes], bytes] = bytes if seal is None else seal.open
+
+_decode_frame = msgspec.msgpack.Decoder(StreamFrame).decode
+
+
+class _Deltas:
+    """The frames of one answer on their way to their reader. `unfinished`: sequences whose finish has not come.
+    `until`: when the first delta is late."""
+
+    def __init__(
+        self, url: str, answer: OpenAnswer, reader: DeltaReader, unfinished: int, *, until: float, gap_s: float
+    ) -> None:
+        self._url, self._answer, self._reader, self._gap_s = url, answer, reader, gap_s
+        self._unfinished, self._until = unfinished, until
+        self._cutter, self._seal = FrameDecoder(MAX_FRAME_BYTES), answer.seal
+        self._untaken: Sequence[TokenDelta | StreamError] = ()
+        self._held = False
+        """The reader has said that it takes no more for now."""
+
+    def feed(self, data: bytes) -> float:
+        """See kvcore.http.connection.Feed. Nothing is untaken when it is called. A part of a frame is no delta."""
+        if frames := self._frames_in(data):
+            self._until = self._answer.until(self._gap_s)
+        return self._until if self._take(frames) else 0.0
+
+    async def caught_up(self) -> bool:
+        """Have the reader take what came with what it took last. False: it wants nothing more."""
+        while True:
+            if not self._held:
+                await asyncio.sleep(0)
+            elif not await self._reader.ready():
+                return False
+            if self._take(self._untaken):
+                return True
+
+    def check_ended(self) -> None:
+        """Raises NodeUnavailableError if the stream may not end here."""
+        if not self._cutter.at_boundary:
+            raise NodeUnavailableError(f"{self._url} broke off inside a frame")
+
+    def _take(self, frames: Sequence[TokenDelta | StreamError]) -> bool:
+        """As many as may be; the others are `_untaken`. Whether that is all."""
+        for number, frame in enumerate(frames, 1):
+            if isinstance(frame, StreamError):
+                raise error_from_code(frame.code, frame.message)
+            if frame.finish_reason is not None:
+                self._unfinished -= 1
+                self._answer.finished = not self._unfinished
+            self._held = not self._reader.take(frame)
+            if self._held or number == MAX_TAKEN:
+                self._untaken = frames[number:]
+                return False
+        self._untaken = ()
+        return True
+
+    def _frames_in(self, data: bytes) -> list[TokenDelta | StreamError]:
         try:
-            return [self._frames.decode(opened(payload)) for payload in cutter.feed(data)]
+            payloads = self._cutter.feed(data)
+            if self._seal is not None:
+                payloads = [self._seal.open(payload) for payload in payloads]
+            return [_decode_frame(payload) for payload in payloads]
         except ProofError as error:
-            raise NodeUnavailableError(f"{url}: {error.message}") from error
+            raise NodeUnavailableError(f"{self._url}: {error.message}") from error
         except (FrameError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise NodeUnavailableError(f"{url} sent a frame that cannot be read: {error}") from error
+            raise NodeUnavailableError(f"{self._url} sent a frame that cannot be read: {error}") from error
 
 
 def _check_common_version(node: Greeting, url: str) -> None:

@@ -118,26 +118,30 @@ class OpenAnswer:
         """What opens its frames; None: they are not sealed."""
         return None if self._answer.proven is None else self._answer.proven.seal
 
-    async def read(self, timeout_s: float) -> bytes:
-        """What comes next, within `timeout_s`; empty: the answer is at its end. Raises errors of kvcore.errors."""
+    def until(self, seconds: float) -> float:
+        """See HttpConnection."""
+        return self._answer.until(seconds)
+
+    async def read(self, until: float) -> bytes:
+        """What comes next, until then; empty: the answer is at its end. Raises errors of kvcore.errors."""
         if not self._answer.num_unread:
             try:
-                await self._answer.wait(1, timeout_s)
+                await self._answer.wait(1, until)
             except OSError as error:
-                raise _meaning(error, self._url, timeout_s) from error
+                raise _broken(error, self._url) from error
         return self._answer.take()
 
-    async def pass_on(self, feed: Feed, timeout_s: float) -> bool:
+    async def pass_on(self, feed: Feed, until: float) -> bool:
         """See HttpConnection. Raises errors of kvcore.errors, and what `feed` raises."""
         try:
-            return await self._answer.pass_on(feed, timeout_s)
+            return await self._answer.pass_on(feed, until)
         except OSError as error:
-            raise _meaning(error, self._url, timeout_s) from error
+            raise _broken(error, self._url) from error
 
     async def beginning(self, most: int, timeout_s: float) -> bytes:
         """At most so many bytes of it, within `timeout_s`."""
         try:
-            await self._answer.wait(most, timeout_s)
+            await self._answer.wait(most, self._answer.until(timeout_s))
         except OSError as error:
             raise _meaning(error, self._url, timeout_s) from error
         return self._answer.take()[:most]
@@ -164,6 +168,13 @@ def _meaning(error: OSError, url: str, timeout_s: float) -> KVFerryError:
             "raise its limit (ulimit -Hn, LimitNOFILE=) or lower router.max_requests"
         )
     return NodeUnavailableError(f"{url} cannot be reached or broke off: {why_unreachable(error)}")
+
+
+def _broken(error: OSError, url: str) -> KVFerryError:
+    """What it means in the midst of an answer."""
+    if isinstance(error, TimeoutError):
+        return DeadlineExceededError(f"{url} began an answer and says nothing more")
+    return _meaning(error, url, 0.0)
 
 
 def _late(url: str, timeout_s: float) -> DeadlineExceededError:

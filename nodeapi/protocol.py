@@ -1,12 +1,20 @@
 """The calls that a router makes to a node. `nodeapi.client` makes them over HTTP, the simulation without."""
 
-from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from nodeapi.messages import GenerateRequest, NodeReport, PrefillRequest, PrefillResult, TokenDelta
 
-TakeDelta = Callable[[TokenDelta], bool]
-"""Does with a delta what is to be done with it, at once. False: it has done nothing, and is given it as any other."""
+
+class DeltaReader(Protocol):
+    """Reads what a decode leg says, straight from its connection: no task is woken for a delta."""
+
+    def take(self, delta: TokenDelta) -> bool:
+        """The next one. False: `ready` is awaited before the one after it. What it raises ends the call."""
+        ...
+
+    async def ready(self) -> bool:
+        """Returns once it takes more. False: it wants nothing more, and the call ends."""
+        ...
 
 
 class NodeClient(Protocol):
@@ -17,14 +25,12 @@ class NodeClient(Protocol):
         """Run a prefill leg. DeadlineExceededError after `timeout_s`."""
         ...
 
-    def generate(
-        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
-    ) -> AsyncGenerator[TokenDelta]:
-        """Run a decode leg. Ends normally when the node has ended its stream; the caller counts finish reasons.
-        DeadlineExceededError when a single delta takes longer than `timeout_s`.
-
-        A delta that comes while the next one is waited for may be given to `take`; it is yielded only if that does not
-        take it. What `take` raises is raised where the next one is waited for."""
+    async def generate(
+        self, url: str, request: GenerateRequest, reader: DeltaReader, *, first_s: float, gap_s: float
+    ) -> None:
+        """Run a decode leg, and have `reader` take what it says. Returns when the node has ended its stream, or the
+        reader wants no more, who counts finish reasons. DeadlineExceededError when the first delta takes longer than
+        `first_s`, or a later one than `gap_s` while the reader takes more."""
         ...
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:

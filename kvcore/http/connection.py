@@ -17,8 +17,8 @@ from kvcore.http.limits import CallLimits
 from kvcore.ports import why_unreachable
 from kvcore.trust.http_proof import ProvenReply
 
-Feed = Callable[[bytes], bool]
-"""Gets parts of a body as they come. Whether it goes on with those that follow."""
+Feed = Callable[[bytes], float]
+"""Gets parts of a body as they come. Until when it waits for the next one, in the loop's time; 0: it does not go on."""
 
 
 class HttpConnection(asyncio.Protocol):
@@ -38,10 +38,12 @@ class HttpConnection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._fires_at = math.inf
+        """When the timer does; inf: there is none."""
         self._deadline = math.inf
         self._waiter: asyncio.Future[None] | None = None
-        self._feed: tuple[Feed, float] | None = None
-        """Gets what comes while a reader waits, and how long it may wait for each part."""
+        self._feed: Feed | None = None
+        """Gets what comes while a reader waits."""
         self._busy = self._rests = False
         self._paused = False
         self._want: float = 1
@@ -72,14 +74,17 @@ class HttpConnection(asyncio.Protocol):
     def begin(self, head: bytes, body: bytes) -> None:
         """Send a request."""
         assert self._transport is not None and not self._busy, "one call at a time"
-        self._reset()
-        self._busy = True
+        self.status = self._size = self._head_bytes = 0
+        self._headers, self._parts, self._error = {}, [], None
+        self.proven = None
+        self._whole = self._interim = self._to_the_end = False
+        self._keeps = self._busy = True
         self._transport.writelines((head, body) if body else (head,))
 
     def keep(self, seconds: float) -> None:
         """It is between calls, for so long at most."""
         self.is_reused = True
-        self._limit(seconds)
+        self._limit(self._loop.time() + seconds)
 
     def abort(self) -> None:
         """Drop it at once."""
@@ -98,34 +103,40 @@ class HttpConnection(asyncio.Protocol):
         """Bytes of the body that are there to be taken."""
         return self._size
 
-    async def wait(self, num_bytes: int, seconds: float) -> None:
-        """Until the head has come and so many bytes (at least one) of the body are there to be taken, or all of it.
-        Raises TimeoutError after `seconds`, and BrokenCallError; bytes that came before can still be taken."""
-        if not (self._whole or self._size >= num_bytes):
-            await self._woken(num_bytes, seconds)
+    def until(self, seconds: float) -> float:
+        """When so many have passed, for the next two."""
+        return self._loop.time() + seconds
 
-    async def pass_on(self, feed: Feed, seconds: float) -> bool:
+    async def wait(self, num_bytes: int, until: float) -> None:
+        """Until the head has come and so many bytes (at least one) of the body are there to be taken, or all of it.
+        Raises TimeoutError after `until`, in the loop's time, and BrokenCallError; bytes that came before can still be
+        taken."""
+        if not (self._whole or self._size >= num_bytes):
+            await self._woken(num_bytes, until)
+
+    async def pass_on(self, feed: Feed, until: float) -> bool:
         """Give `feed` what comes of the body, straight from the socket, as long as it goes on: no task is woken for it.
-        Whether there may be more; False: all has come and was given. Raises as `wait` does, each part being waited for
-        so long, and what `feed` raises."""
-        while not self._size or feed(self.take()):
+        Whether there may be more; False: all has come and was given. Raises as `wait` does, the first part being waited
+        for until then, and what `feed` raises."""
+        while not self._size or (until := feed(self.take())):
             if self._whole:
                 return False
-            self._feed = feed, seconds
+            self._feed = feed
             try:
-                await self._woken(math.inf, seconds)
+                await self._woken(math.inf, until)
             finally:
                 self._feed = None
             if not (self._size or self._whole):  # woken by one that does not go on
                 return True
         return True
 
-    async def _woken(self, num_bytes: float, seconds: float) -> None:
+    async def _woken(self, num_bytes: float, until: float) -> None:
         if self._error is not None:
             raise self._error
         self._want = num_bytes
-        self._resume()
-        self._limit(seconds)
+        if self._paused:
+            self._resume()
+        self._limit(until)
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
@@ -135,7 +146,8 @@ class HttpConnection(asyncio.Protocol):
     def take(self) -> bytes:
         """What has come of the body and was not taken; empty: nothing, or it is at its end."""
         parts, self._parts, self._size = self._parts, [], 0
-        self._resume()
+        if self._paused:
+            self._resume()
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def header(self, name: str) -> str | None:
@@ -153,7 +165,7 @@ class HttpConnection(asyncio.Protocol):
         if rests and not self._whole and self._keeps and self._error is None:
             self._rests = True
             self._resume()
-            self._limit(self._limits.rest_s)
+            self._limit(self._loop.time() + self._limits.rest_s)
             return
         self._free()
 
@@ -179,13 +191,13 @@ class HttpConnection(asyncio.Protocol):
         if not self.status and self._head_bytes > self._limits.max_head_bytes:
             self._broke(BrokenCallError(f"the head of its answer is over {self._limits.max_head_bytes} bytes"))
         if self._feed is not None and self._size:
-            self._pass_on(*self._feed)
+            self._pass_on(self._feed)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None
+        self._timer, self._fires_at = None, math.inf
         if self._to_the_end and exc is None and self.status:
             self._whole = True
         if self._error is None:
@@ -257,13 +269,6 @@ class HttpConnection(asyncio.Protocol):
 
     # --- inside ---
 
-    def _reset(self) -> None:
-        self.status = self._size = self._head_bytes = 0
-        self._headers, self._parts, self._error = {}, [], None
-        self.proven = None
-        self._whole = self._interim = self._to_the_end = False
-        self._keeps = True
-
     def _resume(self) -> None:
         if self._paused and self._transport is not None:
             self._paused = False
@@ -278,14 +283,15 @@ class HttpConnection(asyncio.Protocol):
         else:
             waiter.set_result(None)
 
-    def _pass_on(self, feed: Feed, seconds: float) -> None:
+    def _pass_on(self, feed: Feed) -> None:
         """Unless its reader has been woken, who then takes what has come himself."""
         waiter = self._waiter
         if waiter is None or waiter.done():
             return
-        self._limit(seconds)
         try:
-            if not feed(self.take()) and not waiter.done():
+            if until := feed(self.take()):
+                self._limit(until)
+            elif not waiter.done():
                 waiter.set_result(None)
         except Exception as error:  # raised where it is waited for
             if not waiter.done():
@@ -305,24 +311,26 @@ class HttpConnection(asyncio.Protocol):
             self.abort()
         self._on_free(self, reusable)
 
-    def _limit(self, seconds: float) -> None:
-        """From now on `seconds` are left. A timer that fires before is set again then."""
-        self._deadline = deadline = self._loop.time() + seconds
-        if self._timer is not None and self._timer.when() > deadline:
-            self._timer.cancel()
-            self._timer = None
-        if self._timer is None:
-            self._timer = self._loop.call_at(deadline, self._fired)
+    def _limit(self, until: float) -> None:
+        """There is time until then. A timer that fires before is set again when it does."""
+        self._deadline = until
+        if self._fires_at > until:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._set_timer(until)
+
+    def _set_timer(self, at: float) -> None:
+        self._timer, self._fires_at = self._loop.call_at(at, self._fired), at
 
     def _fired(self) -> None:
         # 1. Nobody has a deadline now: the next one sets the timer.
         # 2. Whose deadline it was has another one by now: the timer is set for that.
         # 3. A reader waits: its call is late. 4. A rest has not come, or a connection is old: it is dropped.
-        self._timer = None
+        self._timer, self._fires_at = None, math.inf
         if self._deadline == math.inf:
             return
         if self._loop.time() < self._deadline:
-            self._timer = self._loop.call_at(self._deadline, self._fired)
+            self._set_timer(self._deadline)
         elif self._waiter is not None:
             if not self._waiter.done():
                 self._waiter.set_exception(TimeoutError())

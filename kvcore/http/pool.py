@@ -87,15 +87,16 @@ class HttpPool:
             target = quote(target, safe="/?&=%:@!$'()*+,;~-._")
         lines = self._headers if headers is None else self._headers + _header_lines(headers)
         request = _Request(method, target, body, lines)
-        ends = self._loop().time() + timeout_s
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_s
         learnt = repeated = False
         while True:
             origin = self._origins.get(base) or self._add_origin(base)
-            connection = self._at_hand(origin) or await self._connection(origin, timeout_s)
+            connection = self._at_hand(origin) or await self._connection(origin, until - loop.time())
             proof = self._send(connection, origin, request)
             handed_out = False
             try:
-                await connection.wait(num_bytes, ends - self._loop().time())
+                await connection.wait(num_bytes, until)
                 if learnt or not self._learns(connection, origin, proof):
                     self._check(connection, url, origin, proof)
                     handed_out = True
@@ -110,7 +111,6 @@ class HttpPool:
             finally:
                 if not handed_out:
                     connection.end()
-            timeout_s = ends - self._loop().time()
 
     def close(self) -> None:
         """Drop all connections, those of calls under way too. Idempotent."""
@@ -187,7 +187,7 @@ class HttpPool:
 
     async def _one_free(self) -> None:
         """Returns when there may be one; whoever does not use it tells the next."""
-        waiter = self._loop().create_future()
+        waiter = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
         try:
             await waiter
@@ -223,7 +223,7 @@ class HttpPool:
 
     async def _connected(self, origin: Origin) -> HttpConnection:
         """Raises OSError, ConnectTimeoutError among them."""
-        loop = self._loop()
+        loop = asyncio.get_running_loop()
         connection = HttpConnection(partial(self._freed, origin), partial(self._lost, origin), self._limits)
         tls = await self._tls_context() if origin.encrypted else None
         try:
@@ -272,9 +272,6 @@ class HttpPool:
     def _forget_if_unused(self, origin: Origin) -> None:
         if not (origin.busy or origin.idle or origin.coming):
             self._origins.pop(origin.url, None)
-
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        return asyncio.get_running_loop()
 
 
 def _header_lines(headers: Mapping[str, str]) -> str:

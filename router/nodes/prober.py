@@ -7,14 +7,14 @@ Owns the rounds. What a report means is the cluster's.
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from itertools import count
 
 from kvcore.clock import Clock
 from kvcore.config.schema import RouterConfig
 from kvcore.errors import DeadlineExceededError, KVFerryError, NoDescriptorsError, NodeUnavailableError
 from kvcore.telemetry import log_fields
-from nodeapi.messages import GenerateRequest
+from nodeapi.messages import GenerateRequest, TokenDelta
 from nodeapi.protocol import NodeClient
 from nodeapi.sampling import SamplingParams
 from router.nodes.cluster import Cluster, KnownNode
@@ -23,6 +23,20 @@ from router.nodes.stall_watch import works
 
 _log = logging.getLogger("router")
 _ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+
+
+class _FirstToken:
+    """A DeltaReader that wants no more than one."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def take(self, delta: TokenDelta) -> bool:
+        self.came = bool(delta.token_ids)
+        return not self.came
+
+    async def ready(self) -> bool:
+        return False
 
 
 class Prober:
@@ -145,18 +159,18 @@ class Prober:
         """Have it make a token. Why it has not; empty: it has, so it works, whatever made it suspected."""
         name = f"trial-{node.id}-{next(self._numbers)}"
         asked = GenerateRequest(request_id=name, prompt_token_ids=[1], sampling=_ONE_TOKEN, deadline_s=timeout_s)
-        answer = self._client.generate(node.url, asked, timeout_s=timeout_s)
+        first = _FirstToken()
         try:
-            async with asyncio.timeout(timeout_s), aclosing(answer) as deltas:
-                async for delta in deltas:
-                    if delta.token_ids:
-                        works(node, self._clock.now())
-                        return ""
+            async with asyncio.timeout(timeout_s):
+                await self._client.generate(node.url, asked, first, first_s=timeout_s, gap_s=timeout_s)
         except TimeoutError:
             return f"it made no token in {timeout_s:g} s"
         except KVFerryError as error:
             return error.message
-        return "it ended its answer without a token"
+        if not first.came:
+            return "it ended its answer without a token"
+        works(node, self._clock.now())
+        return ""
 
     def _not_asked(self, node: KnownNode, error: NoDescriptorsError) -> None:
         """By our own fault: what is known of the node stays. Said once, until one can be asked again."""

@@ -6,7 +6,7 @@ its connection, upon which vLLM aborts the request.
 
 import logging
 import os
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import msgspec
@@ -29,7 +29,7 @@ from nodeapi.messages import (
     TokenDelta,
 )
 from nodeapi.prompt_logprobs import PromptLogprobs
-from nodeapi.protocol import TakeDelta
+from nodeapi.protocol import DeltaReader
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.vllm_model import ModelFacts
 from router.nodes.vllm_replies import CompletionStream, prefill_result, prompt_scores, refusal
@@ -104,8 +104,8 @@ class VllmClient:
         return result
 
     async def generate(
-        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
-    ) -> AsyncGenerator[TokenDelta]:
+        self, url: str, request: GenerateRequest, reader: DeltaReader, *, first_s: float, gap_s: float
+    ) -> None:
         """See NodeClient. What was cached is said with the last delta, where the server says it. Raises FormCutError
         where a form that an answer is held to would begin anew."""
         if request.sampling.grammar is not None and request.output_token_ids:
@@ -119,22 +119,26 @@ class VllmClient:
         copies = range(request.sampling.n if sequences == 1 else 1)
         sampling = request.sampling
         stream = CompletionStream(n=sequences, logprobs=sampling.logprobs, url=url, listed=sampling.logprob_token_ids)
-        scores = await self._scores(url, request, timeout_s)
-        with await self._calls.open("POST", where, body, timeout_s, headers) as answer:
+        scores = await self._scores(url, request, first_s)
+        with await self._calls.open("POST", where, body, first_s, headers) as answer:
+            until = answer.until(first_s)
             while not stream.ended:
                 try:
-                    data = await answer.read(self._usage_s if stream.holds else timeout_s)
+                    data = await answer.read(answer.until(self._usage_s) if stream.holds else until)
                 except DeadlineExceededError:
                     if not stream.holds:
                         raise
                     data = b""
                 for delta in stream.feed(data) if data else stream.flush():
                     for piece in scores:  # with the first one: from then on a node that is silent hangs
-                        yield TokenDelta(prompt_logprobs=piece)
+                        if not reader.take(TokenDelta(prompt_logprobs=piece)) and not await reader.ready():
+                            return
                     for copy in copies:
                         each = msgspec.structs.replace(delta, index=copy) if copy else delta
-                        if take is None or not take(each):
-                            yield each
+                        if not reader.take(each) and not await reader.ready():
+                            answer.finished = stream.ended
+                            return
+                    until = answer.until(gap_s)
                 if not data:
                     return
             answer.finished = True  # but for the body's end, which [DONE] announced: the connection is kept

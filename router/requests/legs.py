@@ -6,16 +6,14 @@ Owns the calls of a leg, its record and what it does to its node's load and brea
 import asyncio
 import math
 from collections.abc import Coroutine
-from contextlib import aclosing
-from typing import Protocol
+from dataclasses import dataclass
 
 from kvcore.chunk_keys import usable_chunks
-from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError
-from kvcore.step_timeout import StepTimeout
+from kvcore.errors import DeadlineExceededError, EngineError, KVFerryError, NodeUnavailableError
 from kvcore.types import Route
 from nodeapi.documents import Documents
-from nodeapi.messages import EngineInfo, GenerateRequest, Handoff, LegInfo, PrefillResult, TokenDelta
-from router.documents.legs import LegDocuments
+from nodeapi.messages import EngineInfo, GenerateRequest, Handoff, LegInfo, PrefillResult
+from router.documents.legs import LegDocuments, ToldDocuments
 from router.documents.named import why_refused
 from router.nodes.cluster import KnownNode, NodeWork
 from router.nodes.stall_watch import WatchedLeg
@@ -23,44 +21,33 @@ from router.nodes.vllm_requests import mooncake_decode_params
 from router.requests.events import (
     DecodeFailed,
     KVSource,
-    LegEvent,
     PrefillDone,
     PrefillFailed,
     StartDecode,
     StartPrefill,
 )
-from router.requests.flow.decode_reading import DecodeReading
-from router.requests.ledger import RequestMachine
+from router.requests.flow.decode_reading import DecodeReading, LegListener
+from router.requests.flow.outputs import Outputs
 from router.requests.leg_requests import generate_request, prefill_request
 from router.requests.records import LegRecord
 from router.requests.services import RequestServices
 from router.requests.spec import RequestSpec
 
+_NOTHING_TOLD = ToldDocuments()
 
-class LegListener(Protocol):
-    """The request, as its legs see it."""
 
-    @property
-    def machine(self) -> RequestMachine:
-        """Where it is."""
-        ...
+@dataclass(slots=True, eq=False)
+class _Leg:
+    """One that is under way. `watched`: None: its node is not known any more."""
 
-    def tell(self, event: LegEvent) -> None:
-        """Something happened to a leg."""
-        ...
-
-    def take(self, leg: str, delta: TokenDelta) -> bool:
-        """A decode leg sent something. Whether more of it is wanted. Raises what is wrong with it."""
-        ...
-
-    def stalled(self, leg: LegRecord, error: KVFerryError) -> None:
-        """A leg was silent for longer than its node should ever take."""
-        ...
+    record: LegRecord
+    work: NodeWork
+    watched: WatchedLeg | None = None
 
 
 class RequestLegs:
-    """Runs the legs of one request. `records`: where each leg's record is added as it begins. `drained`: set while the
-    client has read enough of what was told, so that more may be read from nodes.
+    """Runs the legs of one request. `records`: where each leg's record is added as it begins. `outputs`: while they are
+    full no more is read from nodes.
 
     What a request asks of a node counts as the node's load from the moment the node is chosen: that of the route from
     here on, that of another node from `start` on, which follows the choice at once. It ends with its leg, or by
@@ -73,7 +60,7 @@ class RequestLegs:
         spec: RequestSpec,
         listener: LegListener,
         records: list[LegRecord],
-        drained: asyncio.Event,
+        outputs: Outputs,
         *,
         started_at: float,
         route: Route,
@@ -85,9 +72,12 @@ class RequestLegs:
         self.spec = spec
         self._listener = listener
         self._records = records
-        self._drained = drained
+        self._outputs = outputs
         self._started_at = started_at
-        self._documents = LegDocuments(spec.documents, lambda node: why_refused(self._engine(node)))
+        self._documents: LegDocuments | None = None
+        """Of a prompt that names some."""
+        if spec.documents is not None:
+            self._documents = LegDocuments(spec.documents, lambda node: why_refused(self._engine(node)))
         self.approximate_tokens = 0
         """Of the prompt, the most that a decode leg reused approximately ..."""
         self.has_told = False
@@ -99,9 +89,8 @@ class RequestLegs:
         self._promoted_tokens = route.expected_promoted_tokens
         self._chosen: dict[str, tuple[str, NodeWork]] = {}
         """By kind of leg: (node, what no leg has taken yet)."""
-        self._work: dict[str, NodeWork] = {}
-        """By id of a leg under way; so with the next."""
-        self._watched: dict[str, WatchedLeg] = {}
+        self._legs: dict[str, _Leg] = {}
+        """Those under way, by id."""
         self._choose("decode", route.decoder, spec.sampling.n)
         if route.prefiller is not None:
             self._choose("prefill", route.prefiller, 0)
@@ -111,37 +100,41 @@ class RequestLegs:
 
     def start(self, action: StartPrefill | StartDecode) -> Coroutine[object, object, None]:
         """The leg's body, to be run as a task. `let_go` when that has ended."""
-        kind = "prefill" if isinstance(action, StartPrefill) else "decode"
-        sequences = 0
-        if isinstance(action, StartDecode):
-            sequences = self.spec.sampling.n if action.index is None else 1
-        node, work = self._chosen.get(kind, ("", NodeWork(None)))
-        if node != action.node or work.sequences < sequences:
-            self._drop(kind)
-            work = self._choose(kind, action.node, sequences)
-        self._work[action.leg] = self._services.cluster.leg_started(work, sequences=sequences)
-        if not work.sequences:
-            del self._chosen[kind]
-        in_need = kind == "decode" and self._services.cluster.stands_in(action.node)
-        leg = LegRecord(id=action.leg, node=action.node, kind=kind, in_need=in_need)
-        self._records.append(leg)
-        self._watch(action, leg)
         if isinstance(action, StartPrefill):
-            documents, leg.documents_computed = self._documents.of_prefill(action.node, action.decoder)
-            return self._prefill(action, leg, documents)
-        documents, leg.documents_computed = self._documents.of_decode(action.node, waits=action.handoff)
-        return self._decode(action, leg, documents)
+            leg, told = self._begin("prefill", action, 0), _NOTHING_TOLD
+            if self._documents is not None:
+                told = self._documents.of_prefill(action.node, action.decoder)
+            leg.record.documents_computed = told.why
+            self._watch(leg, self._prefill_tokens + self._promoted_tokens, is_prefill=True)
+            return self._prefill(action, leg, told.documents)
+        again = any(record.kind == "decode" for record in self._records)
+        leg, told = self._begin("decode", action, self.spec.sampling.n if action.index is None else 1), _NOTHING_TOLD
+        leg.record.in_need = self._services.cluster.stands_in(action.node)
+        if self._documents is not None:
+            told = self._documents.of_decode(action.node, waits=action.handoff)
+        leg.record.documents_computed = told.why
+        computes = self._prefill_tokens + self._promoted_tokens  # a tier may be late
+        if action.handoff or action.source is not None:
+            computes = 0
+            if self._documents is not None:
+                computes = self._documents.computed_by_decoder(len(self.spec.prompt_token_ids))
+        elif again:
+            computes = len(self.spec.prompt_token_ids) + len(action.output_token_ids)
+        self._watch(leg, computes, is_prefill=False)
+        return self._decode(action, leg, told.documents)
 
     def computes_itself(self, leg: str) -> None:
         """Nobody hands this decode leg over what it waited for: its first token has the time that this takes."""
-        if (watched := self._watched.get(leg)) is not None:
-            watched.computes = self._prefill_tokens + self._promoted_tokens
+        found = self._legs.get(leg)
+        if found is not None and found.watched is not None:
+            found.watched.computes = self._prefill_tokens + self._promoted_tokens
 
     def let_go(self, leg: str) -> None:
         """This leg's task has ended, perhaps before its first step."""
-        self._services.cluster.leg_ended(self._work.pop(leg))
+        work = self._legs.pop(leg).work
+        if work.begun:
+            self._services.cluster.leg_ended(work)
         self._services.cluster.stalls.end(leg)
-        self._watched.pop(leg, None)
 
     def drop_chosen(self) -> None:
         """No leg begins any more."""
@@ -156,35 +149,40 @@ class RequestLegs:
         self._chosen[kind] = node, work
         return work
 
-    def _watch(self, action: StartPrefill | StartDecode, leg: LegRecord) -> None:
+    def _begin(self, kind: str, action: StartPrefill | StartDecode, sequences: int) -> _Leg:
+        node, work = self._chosen.get(kind, (None, None))
+        if work is None or node != action.node or work.sequences < sequences:
+            self._drop(kind)
+            work = self._choose(kind, action.node, sequences)
+        record = LegRecord(id=action.leg, node=action.node, kind=kind)
+        self._records.append(record)
+        self._legs[action.leg] = leg = _Leg(record, self._services.cluster.leg_started(work, sequences=sequences))
+        if not work.sequences:
+            del self._chosen[kind]
+        return leg
+
+    def _watch(self, leg: _Leg, computes: int, *, is_prefill: bool) -> None:
         """Have it said if it is silent for too long; not of a node that is not known any more, which refuses it."""
-        if (node := self._work[leg.id].node) is None:
+        if (node := leg.work.node) is None:
             return
-        computes = self._prefill_tokens + self._promoted_tokens  # a tier may be late
-        if isinstance(action, StartDecode):
-            again = any(one.kind == "decode" for one in self._records[:-1])
-            if action.handoff or action.source is not None:
-                computes = self._documents.computed_by_decoder(len(self.spec.prompt_token_ids))
-            elif again:
-                computes = len(self.spec.prompt_token_ids) + len(action.output_token_ids)
-        self._watched[leg.id] = self._services.cluster.stalls.begin(
-            WatchedLeg(
-                leg.id,
-                node,
-                self._services.clock.now(),
-                computes,
-                patience=2.0 ** self._listener.machine.stalls(leg.kind),
-                waits=lambda: self._listener.machine.prefill.is_awaited_by(leg.id),
-                move=lambda error: self._listener.stalled(leg, error),
-                is_prefill=leg.kind == "prefill",
-            )
+        listener, record = self._listener, leg.record
+        leg.watched = WatchedLeg(
+            record.id,
+            node,
+            self._services.clock.now(),
+            computes,
+            patience=2.0 ** listener.machine.stalls(record.kind),
+            waits=lambda: listener.machine.prefill.is_awaited_by(record.id),
+            move=lambda error: listener.stalled(record, error),
+            is_prefill=is_prefill,
         )
+        self._services.cluster.stalls.begin(leg.watched)
 
     def _drop(self, kind: str) -> None:
         if kind in self._chosen:
             self._services.cluster.leg_ended(self._chosen.pop(kind)[1])
 
-    async def _prefill(self, action: StartPrefill, leg: LegRecord, told: Documents | None) -> None:
+    async def _prefill(self, action: StartPrefill, leg: _Leg, told: Documents | None) -> None:
         """From its start to PrefillDone or PrefillFailed. Cancelled: nothing is told."""
         services, spec = self._services, self.spec
         timeout_s = min(services.config.prefill_timeout_s, self._remaining_s())
@@ -200,30 +198,30 @@ class RequestLegs:
             self._not_handed_over(leg, decoder)
             raise
         finally:
-            services.cluster.leg_ended(self._work[action.leg], ok=ok, error=failure)
+            services.cluster.leg_ended(leg.work, ok=ok, error=failure)
         if failure is not None:
-            leg.error = f"{failure.code}: {failure.message}"
+            leg.record.error = f"{failure.code}: {failure.message}"
             self._listener.tell(PrefillFailed(action.leg, failure))
             return
-        if (watched := self._watched.get(leg.id)) is not None:
-            watched.first(result.computed_tokens)
-            watched.ended_well()
-        leg.told(result)
-        leg.note = "no_room" if result.no_room else None
+        if leg.watched is not None:
+            leg.watched.first(result.computed_tokens)
+            leg.watched.ended_well()
+        leg.record.told(result)
+        leg.record.note = "no_room" if result.no_room else None
         self._prefilled(action.node, result)
         if (node := services.cluster.nodes.get(action.node)) is not None and decoder is not None:
             node.rates.wrote(result.moved, decoder.machine, services.clock.now())
         self._listener.tell(PrefillDone(action.leg, result))
 
-    def _not_handed_over(self, leg: LegRecord, decoder: KnownNode | None) -> None:
+    def _not_handed_over(self, leg: _Leg, decoder: KnownNode | None) -> None:
         """This prefill leg was ended with its request, by no failure; decoders may have computed meanwhile."""
-        (first, before_s), watched = self._before_handoff, self._watched.get(leg.id)
-        if watched and decoder and leg.error is None and before_s is not None and first == leg.node:
+        (first, before_s), watched, record = self._before_handoff, leg.watched, leg.record
+        if watched and decoder and record.error is None and before_s is not None and first == record.node:
             computed = max((one.computed_tokens or 0 for one in self._records if one.kind == "decode"), default=0)
             now, missed = self._services.clock.now(), min(computed, self._prefill_tokens)
             watched.node.was_late_for(decoder, missed, now - watched.started_at, before_s, now)
 
-    async def _decode(self, action: StartDecode, leg: LegRecord, told: Documents | None) -> None:
+    async def _decode(self, action: StartDecode, leg: _Leg, told: Documents | None) -> None:
         """From its start to the last delta, or to DecodeFailed. Cancelled: nothing is told."""
         remaining_s = self._remaining_s()
         request = self._generate_request(action, told, remaining_s)
@@ -238,9 +236,9 @@ class RequestLegs:
         finally:
             in_vain = isinstance(failure, EngineError) and self._listener.machine.fetches_from(action.leg) is not None
             blame = None if in_vain else failure  # its prefiller may have wronged it, nobody here can tell
-            self._services.cluster.leg_ended(self._work[action.leg], ok=ok, error=blame)
+            self._services.cluster.leg_ended(leg.work, ok=ok, error=blame)
         if failure is not None:
-            leg.error = f"{failure.code}: {failure.message}"
+            leg.record.error = f"{failure.code}: {failure.message}"
             self._listener.tell(DecodeFailed(action.leg, failure))
             return
         spec = self.spec
@@ -263,57 +261,52 @@ class RequestLegs:
         engine = self._engine(decoder)
         if engine is None or prefiller is None:
             return 0
-        chunks = self._documents.num_chunks(prefiller, decoder, engine.kv_spec.chunk_tokens)
-        return self._prefix_chunks(decoder, None) if chunks is None else chunks
+        if self._documents is not None:
+            chunks = self._documents.num_chunks(prefiller, decoder, engine.kv_spec.chunk_tokens)
+            if chunks is not None:
+                return chunks
+        return self._prefix_chunks(decoder, None)
 
     def url(self, node_id: str) -> str:
         """Where the node is; an address that refuses every call if it is no longer known."""
         node = self._services.cluster.nodes.get(node_id)
         return node.url if node else "http://127.0.0.1:9"
 
-    async def _read(self, action: StartDecode, request: GenerateRequest, leg: LegRecord) -> bool:
+    async def _read(self, action: StartDecode, request: GenerateRequest, leg: _Leg) -> bool:
         """Feed deltas until each index has its finish reason, or none is wanted. False: the stream ended before."""
-        services, limits, watched = self._services, self._services.limits, self._watched.get(leg.id)
+        services, n = self._services, request.sampling.n
+        reading = DecodeReading(
+            leg.record,
+            n,
+            self._outputs,
+            leg.watched,
+            listener=self._listener,
+            note=lambda info: self._note(leg, info),
+            now=services.clock.now,
+        )
         patience_s = 2 * services.config.prefill_timeout_s  # if the request's deadline is sooner, it cancels this leg
-
-        def note(info: LegInfo) -> None:
-            leg.told(info)
-            self.has_told = True
-            self.approximate_tokens = max(self.approximate_tokens, info.approximate_tokens)
-            self._prefilled(action.node, info)
-            services.cluster.leg_spoke(self._work[action.leg])
-
+        url, gap_s = self.url(action.node), services.limits.stall_s
         try:
-            async with StepTimeout() as silence:
-                reading = DecodeReading(
-                    action.node,
-                    request.sampling.n,
-                    silence,
-                    limits.stall_s,
-                    self._drained,
-                    watched,
-                    tell=lambda delta: self._listener.take(action.leg, delta),
-                    note=note,
-                    now=services.clock.now,
-                )
-                silence.start(patience_s)
-                timeout_s = max(patience_s, limits.stall_s)
-                stream = services.client.generate(
-                    self.url(action.node), request, timeout_s=timeout_s, take=reading.take
-                )
-                async with aclosing(stream) as deltas:
-                    if not await reading.read_all(deltas):
-                        return False
-        except TimeoutError as error:
-            raise NodeUnavailableError(f"node {action.node} has gone silent") from error
+            await services.client.generate(url, request, reading, first_s=patience_s, gap_s=gap_s)
+        except DeadlineExceededError as error:
+            raise NodeUnavailableError(f"node {action.node} has gone silent: {error.message}") from error
+        if not reading.done:
+            return False
         if not reading.missing and reading.spoke_at is not None:
-            if watched is not None:
-                watched.ended_well()
+            if leg.watched is not None:
+                leg.watched.ended_well()
             if (node := services.cluster.nodes.get(action.node)) is not None:
                 now = services.clock.now()
-                node.rates.decoded(reading.tokens, request.sampling.n, now - reading.spoke_at, now)
+                node.rates.decoded(reading.tokens, n, now - reading.spoke_at, now)
                 node.touch()
         return True
+
+    def _note(self, leg: _Leg, info: LegInfo) -> None:
+        leg.record.told(info)
+        self.has_told = True
+        self.approximate_tokens = max(self.approximate_tokens, info.approximate_tokens)
+        self._prefilled(leg.record.node, info)
+        self._services.cluster.leg_spoke(leg.work)
 
     def _generate_request(self, action: StartDecode, told: Documents | None, remaining_s: float) -> GenerateRequest:
         handoff = None

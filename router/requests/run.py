@@ -77,15 +77,14 @@ class RequestRun:
         self._running = running
         self.started_at = services.clock.now() - waited_s
         self.record = record_of(spec, decision, waited_s)
-        drained = asyncio.Event()
-        self.outputs = Outputs(services.limits.max_unread, drained)
+        self.outputs = Outputs(services.limits.max_unread)
         """What iterating this gives."""
         self._legs = RequestLegs(
             services,
             spec,
             weakref.proxy(self),
             self.record.legs,
-            drained,
+            self.outputs,
             started_at=self.started_at,
             route=route,
             worth_waiting_s=decision.worth_waiting_s,

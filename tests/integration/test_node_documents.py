@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from support.attacks import secret_override
 from support.cluster import ClusterHandle, cluster
+from support.delta_readers import deltas_of
 from support.redis_server import redis_server, with_redis
 from support.tiny_models import make_tiny_model
 
@@ -63,7 +64,7 @@ async def reused(subject: ClusterHandle, engine: SimEngineConfig) -> LegInfo:
     prompt, said = joined([2, 0, 1])
     wanted = GenerateRequest(request_id="d", prompt_token_ids=prompt, documents=said, sampling=GREEDY, deadline_s=60.0)
     async with client(subject) as nodes:
-        deltas = [delta async for delta in nodes.generate(subject.node_url("decode-0"), wanted, timeout_s=60)]
+        deltas = await deltas_of(nodes, subject.node_url("decode-0"), wanted, 60)
     tokens = [token for delta in deltas for token in delta.token_ids]
     assert [tokens] == expected_tokens(engine, prompt, GREEDY, documents=said)
     [info] = [delta.info for delta in deltas if delta.info is not None]
@@ -138,8 +139,8 @@ async def test_what_a_torch_decoder_makes_of_a_prefillers_documents_is_what_one_
         assert isinstance(config, TorchEngineConfig)
         async with client(subject) as nodes:
             url = subject.node_url("decode-0")
-            deltas = [delta async for delta in nodes.generate(url, wanted, timeout_s=60)]
-            without = [delta async for delta in nodes.generate(url, plain, timeout_s=60)]
+            deltas = await deltas_of(nodes, url, wanted, 60)
+            without = await deltas_of(nodes, url, plain, 60)
     assert deltas[0].info is not None and deltas[0].info.prepared_tokens == 0
     async with build_torch_engine(subject.config.model, config, CHUNK_TOKENS, lambda _: None) as engine:
         alone = [delta async for delta in engine.generate(wanted)]

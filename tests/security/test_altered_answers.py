@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from aiohttp import web
 from support.altering_proxy import altering
+from support.delta_readers import deltas_of
 from support.fake_engine import FakeEngine, generate_request, prefill_request
 from support.metadata_words import new_state
 
@@ -118,7 +119,7 @@ async def client_of(trust: ClusterTrust) -> AsyncIterator[HttpNodeClient]:
 async def which_tokens(url: str, trust: ClusterTrust) -> bool:
     """Whether a router is given another token."""
     async with client_of(trust) as client:
-        deltas = [delta async for delta in client.generate(url, generate_request(), timeout_s=5.0)]
+        deltas = await deltas_of(client, url, generate_request(), 5.0)
     return any(delta.token_ids == [103] for delta in deltas)
 
 

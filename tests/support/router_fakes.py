@@ -5,7 +5,7 @@ The fake model is greedy and depends on all tokens before: `next_token`. A test 
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 from fastapi import FastAPI
 from starlette.types import ASGIApp
+from support.delta_readers import give
 from support.metadata_rigs import DirectTransport
 
 from kvcore.clock import SystemClock
@@ -50,7 +51,7 @@ from nodeapi.messages import (
     TokenLogprob,
 )
 from nodeapi.prompt_logprobs import PromptLogprobs, PromptRow
-from nodeapi.protocol import TakeDelta
+from nodeapi.protocol import DeltaReader
 from nodeapi.upkeep import (
     ChunksReply,
     ChunksRequest,
@@ -379,12 +380,9 @@ class FakeNodes:
         return await self.by_url[url].prefill(request)
 
     async def generate(
-        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
-    ) -> AsyncGenerator[TokenDelta]:
-        async with aclosing(self.by_url[url].generate(request)) as deltas:  # else it ends when garbage is collected
-            async for delta in deltas:
-                if take is None or not take(delta):
-                    yield delta
+        self, url: str, request: GenerateRequest, reader: DeltaReader, *, first_s: float, gap_s: float
+    ) -> None:
+        await give(self.by_url[url].generate(request), reader, first_s=first_s, gap_s=gap_s)
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
         node = self.by_url[url]

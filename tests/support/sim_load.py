@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from support.delta_readers import give
 from support.router_fakes import CHUNK_TOKENS, MAX_CONTEXT, VOCAB, cluster_config, spec
 from support.router_fakes import FakeNode as _Named
 from support.sim_loop import LoopClock, run_sim
@@ -34,7 +35,7 @@ from nodeapi.messages import (
     Timings,
     TokenDelta,
 )
-from nodeapi.protocol import TakeDelta
+from nodeapi.protocol import DeltaReader
 from nodeapi.sampling import SamplingParams
 from router.admission.gate import Admission
 from router.admission.no_node import none_is_up_yet
@@ -197,10 +198,9 @@ class QueueNodes:
         return await self.by_url[url].prefill(request)
 
     async def generate(
-        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
-    ) -> AsyncGenerator[TokenDelta]:
-        async for delta in self.by_url[url].generate(request):
-            yield delta
+        self, url: str, request: GenerateRequest, reader: DeltaReader, *, first_s: float, gap_s: float
+    ) -> None:
+        await give(self.by_url[url].generate(request), reader, first_s=first_s, gap_s=gap_s)
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None: ...
 

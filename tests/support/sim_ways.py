@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
+from support.delta_readers import give
 from support.sim_http import App, SimHttp, Stream
 from support.sim_network import LateError, NetworkError, SimNetwork, SimProcess
 
@@ -32,7 +33,7 @@ from nodeapi.messages import (
     StreamFrame,
     TokenDelta,
 )
-from nodeapi.protocol import TakeDelta
+from nodeapi.protocol import DeltaReader
 
 T = TypeVar("T")
 METADATA = "metadata"
@@ -228,23 +229,19 @@ class SimNodeClient:
         return await self._call(url, asked, lambda node: node.prefill(request), timeout_s)
 
     async def generate(
-        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
-    ) -> AsyncGenerator[TokenDelta, None]:
+        self, url: str, request: GenerateRequest, reader: DeltaReader, *, first_s: float, gap_s: float
+    ) -> None:
         """See NodeClient."""
         self.legs[request.request_id] = request
         name = _host(url)
         if self._http is not None:
-            stream = self._decoded(name, request, timeout_s)
+            stream = self._decoded(name, request, first_s)
         else:
-            stream = self._network.stream(self._source, name, lambda _: self.nodes[name].generate(request), timeout_s)
+            stream = self._network.stream(self._source, name, lambda _: self.nodes[name].generate(request), first_s)
         try:
-            async for delta in stream:
-                if take is None or not take(delta):
-                    yield delta
+            await give(stream, reader, first_s=first_s, gap_s=gap_s)
         except (NetworkError, KVFerryError) as error:
             raise _translated(error) from error
-        finally:
-            await stream.aclose()
 
     async def end_handoff(self, url: str, request_id: str, *, timeout_s: float) -> None:
         """See NodeClient."""

@@ -1,95 +1,99 @@
 """What one decode leg says, delta by delta: noted in its record, told to the request, and counted.
 
-Owns what is known of a leg while it is read. Deltas that add nothing but tokens are taken straight from the connection
-(`take`), without waking the leg's task; all others are read by that task (`read`). Both do the same.
+Owns what is known of a leg while it is read. Deltas are taken straight from the connection, without waking the leg's
+task.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import Protocol
 
-from kvcore.errors import NodeUnavailableError
-from kvcore.step_timeout import StepTimeout
+from kvcore.errors import KVFerryError, NodeUnavailableError
 from nodeapi.messages import FinishReason, LegInfo, TokenDelta
 from router.nodes.stall_watch import WatchedLeg
+from router.requests.events import LegEvent
+from router.requests.flow.outputs import Outputs
+from router.requests.ledger import RequestMachine
+from router.requests.records import LegRecord
 
-MAX_AT_ONCE = 32
-"""Deltas that are read before others have their turn: a node may send thousands at once, of 0.1 ms each where there are
-logprobs."""
+
+class LegListener(Protocol):
+    """The request, as its legs see it."""
+
+    @property
+    def machine(self) -> RequestMachine:
+        """Where it is."""
+        ...
+
+    def tell(self, event: LegEvent) -> None:
+        """Something happened to a leg."""
+        ...
+
+    def take(self, leg: str, delta: TokenDelta) -> bool:
+        """A decode leg sent something. Whether more of it is wanted. Raises what is wrong with it."""
+        ...
+
+    def stalled(self, leg: LegRecord, error: KVFerryError) -> None:
+        """A leg was silent for longer than its node should ever take."""
+        ...
 
 
-@dataclass(slots=True)
 class DecodeReading:
-    """Of one leg, made by its task. `missing`: completions whose end has not come. `silence`: ends the task's block
-    when nothing is heard for `stall_s`. `tell(delta)`: whether more is wanted. `note`: called with the leg's info.
-    `begun(computed)`: with its first delta."""
+    """The DeltaReader of one leg. `missing`: completions whose end has not come. `note`: called with the leg's info.
+    `now`: the clock's."""
 
-    node: str
-    missing: int
-    silence: StepTimeout
-    stall_s: float
-    drained: asyncio.Event
-    watched: WatchedLeg | None
-    tell: Callable[[TokenDelta], bool]
-    note: Callable[[LegInfo], None]
-    now: Callable[[], float]
-    spoke_at: float | None = None
-    """When its first delta came."""
-    tokens: int = 0
-    _task: "asyncio.Task[object] | None" = field(default_factory=asyncio.current_task)
+    def __init__(
+        self,
+        leg: LegRecord,
+        missing: int,
+        outputs: Outputs,
+        watched: WatchedLeg | None,
+        *,
+        listener: LegListener,
+        note: Callable[[LegInfo], None],
+        now: Callable[[], float],
+    ) -> None:
+        self._leg, self.missing, self._outputs, self._watched = leg, missing, outputs, watched
+        self._listener, self._note, self._now = listener, note, now
+        self.spoke_at: float | None = None
+        """When its first delta came."""
+        self.tokens = 0
+        self.done = False
+        """Nothing more is wanted of it."""
 
-    def read(self, delta: TokenDelta) -> bool:
-        """Whether more is wanted. Raises NodeUnavailableError where the node gave up, and what `tell` raises."""
-        if (watched := self.watched) is not None:
-            if self.spoke_at is None:
-                watched.first(watched.computes if delta.info is None else delta.info.computed_tokens)
-            else:
-                watched.heard()
-        if self.spoke_at is None:
-            self.spoke_at = self.now()
-        self.tokens += len(delta.token_ids)
-        if delta.finish_reason is not None:
-            self.missing -= 1
-        if delta.info is not None:
-            self.note(delta.info)
-        if delta.finish_reason is FinishReason.ABORT:
-            raise NodeUnavailableError(f"node {self.node} gave the request up")
-        wanted = self.tell(delta)
-        self.silence.start(self.stall_s)
-        return wanted
+    def __repr__(self) -> str:
+        return f"<DecodeReading {self._leg.id}: {self.tokens} tokens, {self.missing} unfinished>"
 
     def take(self, delta: TokenDelta) -> bool:
-        """See nodeapi.protocol.TakeDelta."""
-        is_plain = delta.finish_reason is None and delta.info is None and delta.prompt_logprobs is None
-        if not is_plain or self.spoke_at is None or not self.drained.is_set() or self._task is None:
+        """See nodeapi.protocol.DeltaReader. Raises NodeUnavailableError where the node gave up, and what the listener
+        does."""
+        watched, info = self._watched, delta.info
+        if self.spoke_at is None:
+            self.spoke_at = self._now()
+            if watched is not None:
+                watched.first(watched.computes if info is None else info.computed_tokens)
+        elif watched is not None:
+            watched.heard()
+        self.tokens += len(delta.token_ids)
+        if info is not None:
+            self._note(info)
+        if delta.finish_reason is not None:
+            self.missing -= 1
+            if delta.finish_reason is FinishReason.ABORT:
+                raise NodeUnavailableError(f"node {self._leg.node} gave the request up")
+        self.done = not (self._listener.take(self._leg.id, delta) and self.missing)
+        return not (self.done or self._outputs.is_full or delta.prompt_logprobs is not None)
+
+    async def ready(self) -> bool:
+        """See DeltaReader. What the node is silent for while the client reads is not its fault."""
+        if self.done:
             return False
-        if not self.read(delta):  # nobody wants the rest
-            self._task.cancel()
-            self._task = None
-        return True
-
-    async def read_all(self, deltas: AsyncIterator[TokenDelta]) -> bool:
-        """Those that are not taken straight, until no more are wanted. False: they ended before."""
-        num = 0
-        async for delta in deltas:
-            if self._task is None:  # `take` has found that nobody wants the rest, while this task ran
-                return True
-            wanted = self.read(delta)
-            if not (wanted and self.missing):
-                return True
-            if not self.drained.is_set():
-                await self._until_drained()
-            num += 1
-            if not num % MAX_AT_ONCE or delta.prompt_logprobs is not None:  # naming those tokens takes a millisecond
-                await asyncio.sleep(0)
-        return self._task is None
-
-    async def _until_drained(self) -> None:
-        """Until the client has read enough. What the node is silent for meanwhile is not its fault."""
-        self.silence.stop()
-        if (watched := self.watched) is not None:
+        if not self._outputs.is_full:
+            await asyncio.sleep(0)  # naming a prompt's tokens takes a millisecond
+            return True
+        if (watched := self._watched) is not None:
             watched.paused = True
-        await self.drained.wait()
+        await self._outputs.room()
         if watched is not None:
             watched.paused, watched.quiet_s = False, 0.0
-        self.silence.start(self.stall_s)
+        return True

@@ -16,17 +16,18 @@ Take = Callable[[Emit], bool]
 
 
 class Outputs:
-    """Of one request, in order. `drained` is set while its reader has read enough that more may be read from nodes:
-    fewer than `most` are unread."""
+    """Of one request, in order. `most`: with so many unread no more are read from nodes."""
 
-    def __init__(self, most: int, drained: asyncio.Event) -> None:
+    def __init__(self, most: int) -> None:
         self._most = most
-        self._drained = drained
-        self._drained.set()
         self._unread: deque[Emit] = deque()
-        self._changed = asyncio.Event()
-        self._reader_waits = False
+        self._reader: asyncio.Future[None] | None = None
+        """What its reader waits for; done: he has been woken."""
         self._reader_failed: Exception | None = None
+        self._room: asyncio.Event | None = None
+        """Set again when there is room; made by the first leg that waits for it."""
+        self.is_full = False
+        """Whether legs must wait for room before they read more."""
         self.take: Take | None = None
         """Set by a reader that can take outputs while it waits for the next one. May call anything of the request."""
         self.end: Finish | Fail | None = None
@@ -41,7 +42,7 @@ class Outputs:
     @property
     def num_unread_tokens(self) -> int:
         """Of those that were not read."""
-        return sum(len(emit.token_ids) for emit in self._unread)
+        return sum([len(emit.token_ids) for emit in self._unread])
 
     def add(self, emit: Emit) -> None:
         """The next one. `deliver` follows, once all is done that came with it."""
@@ -55,29 +56,37 @@ class Outputs:
         3. He fails at it: that is no fault of the leg that has brought it, so it is raised where he waits.
         4. He does not wait, as he has not read what came before, or does not read yet: it is queued.
         """
-        while self._unread and self._reader_waits and self.take is not None:
-            emit = self._unread.popleft()
+        unread = self._unread
+        while unread and self.take is not None and self._reader is not None and not self._reader.done():
+            emit = unread.popleft()
             try:
                 taken = self.take(emit)
             except Exception as error:  # the reader's; see 3
                 self._reader_failed, taken = error, False
             if not taken:
-                self._reader_waits = False
-                self._unread.appendleft(emit)
-        if self._unread:
-            if len(self._unread) >= self._most:
-                self._drained.clear()
-            self._changed.set()
+                unread.appendleft(emit)
+                self._wake_reader()
+        if unread:
+            if len(unread) >= self._most:
+                self.is_full = True
+            self._wake_reader()
 
     def close(self, end: Finish | Fail) -> None:
         """No more will come."""
         self.end = end
-        self._changed.set()
-        self._drained.set()
+        self._wake_reader()
+        self._has_room()
 
     def drop(self, index: int) -> None:
         """Those of this completion are not read any more."""
-        self._unread = deque(emit for emit in self._unread if emit.index != index)
+        self._unread = deque([emit for emit in self._unread if emit.index != index])
+
+    async def room(self) -> None:
+        """Until it is not full."""
+        while self.is_full:
+            self._room = self._room or asyncio.Event()
+            self._room.clear()
+            await self._room.wait()
 
     def __aiter__(self) -> Self:
         return self
@@ -89,16 +98,24 @@ class Outputs:
                 raise self._reader_failed
             if self._unread:
                 emit = self._unread.popleft()
-                if len(self._unread) < self._most:
-                    self._drained.set()
+                if self.is_full and len(self._unread) < self._most:
+                    self._has_room()
                 return emit
-            if isinstance(self.end, Fail):
-                raise self.end.error
             if self.end is not None:
+                if isinstance(self.end, Fail):
+                    raise self.end.error
                 raise StopAsyncIteration
-            self._changed.clear()
-            self._reader_waits = True
+            self._reader = asyncio.get_running_loop().create_future()
             try:
-                await self._changed.wait()
+                await self._reader
             finally:
-                self._reader_waits = False
+                self._reader = None
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _has_room(self) -> None:
+        self.is_full = False
+        if self._room is not None:
+            self._room.set()

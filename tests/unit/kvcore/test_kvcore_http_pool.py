@@ -366,9 +366,9 @@ def test_what_a_call_waits_for_a_connection_is_part_of_its_time(run: Runs, monke
     left: list[float] = []
     wait = HttpConnection.wait
 
-    async def noted(self: HttpConnection, num_bytes: int, seconds: float) -> None:
-        left.append(seconds)
-        await wait(self, num_bytes, seconds)
+    async def noted(self: HttpConnection, num_bytes: int, until: float) -> None:
+        left.append(until - asyncio.get_running_loop().time())
+        await wait(self, num_bytes, until)
 
     async def go() -> None:
         monkeypatch.setattr(HttpConnection, "wait", noted)

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from aiohttp import web
+from support.delta_readers import deltas_of
 from support.router_fakes import FakeNode, expected, node_app, serve, until
 
 from kvcore.errors import DeadlineExceededError, EngineError, KVFerryError, NodeUnavailableError, OverloadedError
@@ -26,7 +27,7 @@ async def client() -> HttpNodeClient:
 
 
 async def read(client: HttpNodeClient, url: str) -> list[TokenDelta]:
-    return [delta async for delta in client.generate(url, GENERATE, timeout_s=CALL_S)]
+    return await deltas_of(client, url, GENERATE, CALL_S)
 
 
 def app_that(answers: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.Application:
@@ -95,8 +96,7 @@ async def test_a_node_that_dies_in_the_middle_is_unavailable(client: HttpNodeCli
 async def test_closing_a_stream_early_reaches_the_node(client: HttpNodeClient) -> None:
     node = FakeNode("d0", Role.DECODER, generate_gate=asyncio.Event())
     async with serve(node_app(node)) as url:
-        stream = client.generate(url, GENERATE, timeout_s=CALL_S)
-        reading = asyncio.ensure_future(anext(stream))
+        reading = asyncio.ensure_future(read(client, url))
         await until(lambda: node.running == 1)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)

@@ -370,7 +370,7 @@ async def test_a_client_that_reads_slowly_accuses_nobody(rig: Rig) -> None:
     run = open_run(rig, max_tokens=600)
     async with run:
         await turns()
-        await until(lambda: not run._legs._drained.is_set())
+        await until(lambda: run.outputs.is_full)
         await turns()  # its next delta is one too many
         look(rig, 30.0)
         assert not any(node.trust.suspected for node in rig.cluster.nodes.values())

@@ -4,23 +4,23 @@ import asyncio
 import gc
 import json
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 import pytest
 from aiohttp import web
+from support.delta_readers import Collected
 from support.http_wire import Wire, connected
 from support.router_fakes import FakeNode, FakeNodes, Rig, expected, make_rig, node_app, serve, two_and_two, until
 
-from kvcore.errors import EngineError
+from kvcore.errors import DeadlineExceededError, EngineError
 from kvcore.process.http_exchange import HttpExchange
 from kvcore.types import Role
 from nodeapi.client import MAX_TAKEN, HttpNodeClient
 from nodeapi.frames import pack_frame
 from nodeapi.messages import FinishReason, GenerateRequest, TokenDelta
-from nodeapi.protocol import TakeDelta
+from nodeapi.protocol import DeltaReader
 from nodeapi.sampling import SamplingParams
 from router.api.formats.completion_format import CompletionFormatter
 from router.api.out import StraightOut
@@ -199,7 +199,7 @@ def emit(token: int, index: int = 0) -> Emit:
 
 
 async def test_outputs_keep_their_order_whatever_is_taken() -> None:
-    outputs, taken, read, takes = Outputs(4, asyncio.Event()), list[int](), list[int](), [True]
+    outputs, taken, read, takes = Outputs(4), list[int](), list[int](), [True]
 
     def take(one: Emit) -> bool:
         if takes[0]:
@@ -228,7 +228,7 @@ async def test_outputs_keep_their_order_whatever_is_taken() -> None:
 
 
 async def test_what_a_reader_raises_is_raised_where_it_reads() -> None:
-    outputs = Outputs(4, asyncio.Event())
+    outputs = Outputs(4)
 
     def take(one: Emit) -> bool:
         raise ValueError("a bug")
@@ -279,44 +279,62 @@ async def client() -> AsyncIterator[HttpNodeClient]:
     await client.aclose()
 
 
-async def test_a_node_that_sends_much_at_once_is_not_taken_whole(client: HttpNodeClient) -> None:
-    taken, order = list[int](), list[int]()
+async def read(client: HttpNodeClient, url: str, reader: Collected, gap_s: float = 20.0) -> None:
+    await client.generate(url, GENERATE, reader, first_s=20.0, gap_s=gap_s)
 
-    def take(delta: TokenDelta) -> bool:
-        taken.extend(delta.token_ids)
-        order.extend(delta.token_ids)
+
+async def test_a_node_that_sends_much_at_once_is_not_taken_in_one_turn(client: HttpNodeClient) -> None:
+    at_once = [0]
+
+    def takes(delta: TokenDelta) -> bool:
+        asyncio.get_running_loop().call_soon(turn)
+        at_once[-1] += 1
         return True
 
+    def turn() -> None:
+        at_once.append(0)
+
+    reader = Collected(takes)
     async with serve(says(frames(0, 1), frames(1, 200))) as url:
-        async for delta in client.generate(url, GENERATE, timeout_s=20.0, take=take):
-            order.extend(delta.token_ids)
-    assert order == list(range(201)) and 0 < len(taken) <= 1 + MAX_TAKEN * 2
+        await read(client, url, reader)
+    assert reader.token_ids == list(range(201)) and max(at_once) <= MAX_TAKEN
 
 
-async def test_what_is_not_taken_is_read_before_what_follows(client: HttpNodeClient) -> None:
-    order: list[int] = []
-
-    def take(delta: TokenDelta) -> bool:
-        if delta.token_ids[0] % 3:
-            order.extend(delta.token_ids)
-        return bool(delta.token_ids[0] % 3)
-
+async def test_a_reader_that_takes_no_more_for_now_gets_what_follows_in_order(client: HttpNodeClient) -> None:
+    reader = Collected(lambda delta: bool(delta.token_ids[0] % 3))
     async with serve(says(*(frames(first, 5) for first in range(0, 50, 5)))) as url:
-        async for delta in client.generate(url, GENERATE, timeout_s=20.0, take=take):
-            order.extend(delta.token_ids)
-            await asyncio.sleep(0)
-    assert order == list(range(50))
+        await read(client, url, reader)
+    assert reader.token_ids == list(range(50)) and reader.waits == 17
 
 
-async def test_what_a_taker_raises_is_raised_where_the_next_delta_is_waited_for(client: HttpNodeClient) -> None:
-    def take(delta: TokenDelta) -> bool:
+async def test_a_reader_that_wants_no_more_ends_the_call(client: HttpNodeClient) -> None:
+    class Sated(Collected):
+        async def ready(self) -> bool:
+            return False
+
+    reader = Sated(lambda delta: delta.token_ids[0] < 7)
+    async with serve(says(frames(0, 5), frames(5, 40), b"\xff" * 8)) as url:
+        await read(client, url, reader)
+    assert reader.token_ids == list(range(8)) and " 0 calls" in repr(client)
+
+
+async def test_what_a_reader_raises_ends_the_call(client: HttpNodeClient) -> None:
+    def takes(delta: TokenDelta) -> bool:
         raise EngineError("broke the protocol")
 
     async with serve(says(frames(0, 1), frames(1, 1))) as url:
         with pytest.raises(EngineError, match="broke the protocol"):
-            async for _ in client.generate(url, GENERATE, timeout_s=20.0, take=take):
-                pass
+            await read(client, url, Collected(takes))
         assert " 0 calls" in repr(client)
+
+
+async def test_a_node_that_says_less_than_a_delta_is_late_however_often(client: HttpNodeClient) -> None:
+    """Each part of a frame comes in time, and no frame does."""
+    reader = Collected()
+    async with serve(says(frame(1), b"\xff\x00\x00\x00", *[b"x"] * 100)) as url:
+        with pytest.raises(DeadlineExceededError):
+            await read(client, url, reader, gap_s=0.2)
+    assert reader.token_ids == [1]
 
 
 class OverSockets(FakeNodes):
@@ -327,12 +345,10 @@ class OverSockets(FakeNodes):
         self._client, self._at = client, at
 
     async def generate(
-        self, url: str, request: GenerateRequest, *, timeout_s: float, take: TakeDelta | None = None
-    ) -> AsyncGenerator[TokenDelta]:
+        self, url: str, request: GenerateRequest, reader: DeltaReader, *, first_s: float, gap_s: float
+    ) -> None:
         where = self._at[self.by_url[url].id]
-        async with aclosing(self._client.generate(where, request, timeout_s=timeout_s, take=take)) as deltas:
-            async for delta in deltas:
-                yield delta
+        await self._client.generate(where, request, reader, first_s=first_s, gap_s=gap_s)
 
 
 async def test_a_leg_that_breaks_the_protocol_goes_on_elsewhere(client: HttpNodeClient) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from aiohttp import web
+from support.delta_readers import Collected, deltas_of
 from support.fake_vllm_server import MODEL, FakeVllm, World
 from support.plain_vllm import plain_config, write_model_folder
 from support.router_fakes import serve
@@ -27,7 +28,7 @@ from kvcore.errors import (
 from kvcore.handoff import HandoffKind
 from kvcore.types import Role
 from nodeapi.grammars.grammar import Grammar, GrammarKind
-from nodeapi.messages import FinishReason, GenerateRequest, PrefillRequest, TokenDelta
+from nodeapi.messages import FinishReason, GenerateRequest, PrefillRequest
 from nodeapi.sampling import SamplingParams
 from router.nodes.vllm_client import VllmClient
 from router.nodes.vllm_model import read_model_facts
@@ -146,12 +147,11 @@ async def test_a_stream_that_says_nothing_more_is_late(client_of) -> None:
         await asyncio.Event().wait()
         return response
 
-    got: list[TokenDelta] = []
+    got = Collected()
     async with serve(app_that(answers)) as url:
         with pytest.raises(DeadlineExceededError):
-            async for delta in client_of(url).generate(url, GENERATE, timeout_s=0.2):
-                got.append(delta)
-    assert [delta.token_ids for delta in got] == [[5]]
+            await client_of(url).generate(url, GENERATE, got, first_s=20.0, gap_s=0.2)
+    assert got.token_ids == [5]
 
 
 async def test_a_stream_that_ends_early_ends_without_a_finish(client_of) -> None:
@@ -159,7 +159,7 @@ async def test_a_stream_that_ends_early_ends_without_a_finish(client_of) -> None
         return web.Response(body=chunks(choice()))
 
     async with serve(app_that(answers)) as url:
-        deltas = [delta async for delta in client_of(url).generate(url, GENERATE, timeout_s=2)]
+        deltas = await deltas_of(client_of(url), url, GENERATE, 2)
     assert [delta.finish_reason for delta in deltas] == [None]
 
 
