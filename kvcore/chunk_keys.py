@@ -86,7 +86,7 @@ def adapted_salt(identity: str, salt: bytes) -> bytes:
 
 def split_adapter(salt: bytes) -> tuple[str, bytes]:
     """The identity of the adapter that a salt names, empty if none, and the salt without it."""
-    found = _ADAPTER_PART.match(salt)
+    found = _ADAPTER_PART.match(salt) if salt.startswith(ADAPTER_SALT) else None
     return (found[1].decode(), salt[found.end() :]) if found else ("", salt)
 
 

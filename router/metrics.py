@@ -1,11 +1,12 @@
 """The router's Prometheus metrics, by the names of kvcore.metric_names."""
 
-from collections.abc import Callable
-
-from prometheus_client import Counter
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from kvcore import metric_names as names
-from kvcore.telemetry import Metrics
+from kvcore.metric_names import Metric
+from kvcore.telemetry import Metrics, Sample
 from router.admission.gate import Admission
 from router.cache.watch import CacheWatch
 from router.nodes.cluster import Cluster
@@ -13,38 +14,45 @@ from router.requests.records import RequestLog, RequestRecord
 
 
 class RouterMetrics:
-    """Made once a process. `connected`: whether the event stream of the metadata server is up; None: there is none."""
+    """Made once a process. `connected`: whether the event stream of the metadata server is up; None: there is none.
+
+    What each request changes is counted in numbers of its own or of `log`, which are read when somebody asks.
+    """
 
     def __init__(
         self, cluster: Cluster, log: RequestLog, connected: Callable[[], bool] | None, cache: CacheWatch
     ) -> None:
         self.metrics = metrics = Metrics()
         self._cluster = cluster
-        self._requests = metrics.counter(names.ROUTER_REQUESTS)
-        self._answered: dict[tuple[str, int], Counter] = {}
-        self._ttft = metrics.histogram(names.ROUTER_TTFT)
-        self._forecast_error = metrics.histogram(names.ROUTER_FORECAST_ERROR)
-        self._seconds = metrics.histogram(names.ROUTER_REQUEST_SECONDS)
-        self._prompt_tokens = metrics.counter(names.ROUTER_PROMPT_TOKENS)
-        self._cached_tokens = metrics.counter(names.ROUTER_CACHED_TOKENS)
-        self._approximate_tokens = metrics.counter(names.ROUTER_APPROXIMATE_TOKENS)
-        self._documents = metrics.counter(names.ROUTER_DOCUMENTS)
-        self._completion_tokens = metrics.counter(names.ROUTER_COMPLETION_TOKENS)
-        self._retries = metrics.counter(names.ROUTER_RETRIES)
-        self._routes = metrics.counter(names.ROUTER_ROUTES)
-        self._in_need = metrics.counter(names.ROUTER_IN_NEED)
+        self._ttft = metrics.tally(names.ROUTER_TTFT).row()
+        self._forecast_error = metrics.tally(names.ROUTER_FORECAST_ERROR)
+        self._seconds = metrics.tally(names.ROUTER_REQUEST_SECONDS).row()
+        self._approximate_tokens = self._completion_tokens = 0
+        self._answered = self._counted(names.ROUTER_REQUESTS)
+        self._documents = self._counted(names.ROUTER_DOCUMENTS)
+        self._retries = self._counted(names.ROUTER_RETRIES)
+        self._routes = self._counted(names.ROUTER_ROUTES)
+        self._failed = self._counted(names.ROUTER_FAILED)
         suspected = metrics.counter(names.ROUTER_SUSPECTED)
         cluster.stalls.on_suspect.append(lambda node: suspected.labels(node.role.value).inc())
-        self._failed = metrics.counter(names.ROUTER_FAILED)
-        self._cancelled = metrics.counter(names.ROUTER_CANCELLED)
-        metrics.sampled(names.ROUTER_ACTIVE, lambda: [((), log.in_flight)])
-        metrics.sampled(names.ROUTER_INDEX_KEYS, lambda: [((), len(cluster.index))])
+        totals: Mapping[Metric, Callable[[], float]] = {
+            names.ROUTER_PROMPT_TOKENS: lambda: log.prompt_tokens,
+            names.ROUTER_CACHED_TOKENS: lambda: log.cached_tokens,
+            names.ROUTER_APPROXIMATE_TOKENS: lambda: self._approximate_tokens,
+            names.ROUTER_COMPLETION_TOKENS: lambda: self._completion_tokens,
+            names.ROUTER_IN_NEED: lambda: log.in_need,
+            names.ROUTER_CANCELLED: lambda: log.cancelled,
+            names.ROUTER_ACTIVE: lambda: log.in_flight,
+            names.ROUTER_INDEX_KEYS: lambda: len(cluster.index),
+            names.CACHE_UNUSED_TOKENS: lambda: cache.start.unused_tokens,
+        }
         if connected is not None:
-            metrics.sampled(names.ROUTER_INDEX_CONNECTED, lambda: [((), float(connected()))])
+            totals = {**totals, names.ROUTER_INDEX_CONNECTED: connected}
+        for metric, total in totals.items():
+            metrics.sampled(metric, partial(_alone, total))
         metrics.sampled(names.ROUTER_NODES, self._nodes)
         metrics.sampled(names.CACHE_TOKENS, lambda: [((key,), num) for key, num in cache.start.by_source.items()])
         metrics.sampled(names.CACHE_MISSED_TOKENS, lambda: [((key,), num) for key, num in cache.start.missed.items()])
-        metrics.sampled(names.CACHE_UNUSED_TOKENS, lambda: [((), cache.start.unused_tokens)])
         log.observers.append(self._ended)
 
     def watch_admission(self, admission: Admission) -> None:
@@ -52,38 +60,36 @@ class RouterMetrics:
         metrics = self.metrics
         metrics.sampled(names.ROUTER_WAITING, lambda: [((), len(admission))])
         metrics.sampled(names.ROUTER_REFUSED, lambda: [((why,), num) for why, num in admission.refused.items()])
-        admission.on_admitted.append(metrics.histogram(names.ROUTER_WAITED).observe)
+        admission.on_admitted.append(metrics.tally(names.ROUTER_WAITED).row().observe)
 
     def answered(self, endpoint: str, status: int) -> None:
         """An HTTP request of any endpoint was answered."""
-        counter = self._answered.get((endpoint, status))
-        if counter is None:
-            counter = self._answered[endpoint, status] = self._requests.labels(endpoint, str(status))
-        counter.inc()
+        self._answered[endpoint, str(status)] += 1
+
+    def _counted(self, metric: Metric) -> Counter[tuple[str, ...]]:
+        """By label values."""
+        counts: Counter[tuple[str, ...]] = Counter()
+        self.metrics.sampled(metric, counts.items)
+        return counts
 
     def _ended(self, record: RequestRecord) -> None:
-        self._completion_tokens.inc(record.completion_tokens)
-        if record.route is not None:
-            self._routes.labels(record.route.reason.partition(":")[0]).inc()
+        self._completion_tokens += record.completion_tokens
+        if (route := record.route) is not None:
+            self._routes[(route.reason.partition(":")[0],)] += 1
         if (named := record.documents) is not None:
-            self._documents.labels(named.named_by, "compute" if named.why_computed else "reuse").inc()
-        self._in_need.inc(record.in_need)
-        for leg, code in record.retried_legs:
-            self._retries.labels(leg, code).inc()
+            self._documents[named.named_by, "compute" if named.why_computed else "reuse"] += 1
+        for retried in record.retried_legs:
+            self._retries[retried] += 1
         if record.ttft_s is not None:
             self._ttft.observe(record.ttft_s)
         if (error_s := record.forecast_error_s) is not None:
-            self._forecast_error.labels(record.way).observe(abs(error_s))
+            self._forecast_error.row(record.way).observe(abs(error_s))
         if record.total_s is not None:
             self._seconds.observe(record.total_s)
         if record.state == "ok":
-            self._prompt_tokens.inc(record.prompt_tokens)
-            self._cached_tokens.inc(record.cached_tokens)
-            self._approximate_tokens.inc(record.approximate_tokens)
-        if record.state == "cancelled":
-            self._cancelled.inc()
+            self._approximate_tokens += record.approximate_tokens
         if record.state == "failed":
-            self._failed.labels((record.error or "").partition(":")[0]).inc()
+            self._failed[((record.error or "").partition(":")[0],)] += 1
 
     def _nodes(self) -> list[tuple[tuple[str, ...], float]]:
         counts: dict[tuple[str, ...], float] = {}
@@ -91,3 +97,7 @@ class RouterMetrics:
             state = "usable" if self._cluster.why_unused(node) is None else "unusable"
             counts[node.role, state] = counts.get((node.role, state), 0) + 1
         return list(counts.items())
+
+
+def _alone(total: Callable[[], float]) -> list[Sample]:
+    return [((), float(total()))]

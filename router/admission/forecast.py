@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from router.admission.limits import AdmissionLimits
 from router.routing.decision import Decision, Ranking
 from router.routing.views import NodeView
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
+class Forecast(msgspec.Struct, frozen=True):
     """`own_s`: from a node's beginning with it to its first token. `tokens` of its prompt are to be computed, by one of
     `computes`, and it will be decoded by one of `decodes`, as they were at `now`."""
 

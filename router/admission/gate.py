@@ -84,10 +84,12 @@ class Admission:
         decision = self._choose(first)
         if decision.route is None:
             return open_it(decision, 0.0)  # which says why
-        tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)
+        tokens = sequences = 0
+        for spec in request.specs:
+            tokens += len(spec.prompt_token_ids)
+            sequences += spec.sampling.n
         seen = forecast(decision, tokens, arrived, self._limits)
         order = (request.turn.rank, self._queue.start_of(request.turn.flow))
-        sequences = sum(spec.sampling.n for spec in request.specs)
         if not self._queue and self._may_go(order, request.turn.flow, sequences, seen):
             self._queue.passed(request.turn.flow, self._cost(request, seen))
             try:

@@ -25,6 +25,8 @@ def _fetched_bytes(legs: Sequence[LegRecord], cached_tokens: int) -> int:
 
 def cached_by_source(legs: Sequence[LegRecord], cached_tokens: int, spec: KVSpec | None) -> tuple[dict[str, int], int]:
     """(cached tokens by source, tokens promoted and not used). `spec`: of the KV; None where there is no store."""
+    if not cached_tokens and not any(leg.promoted for leg in legs):
+        return {}, 0
     if spec is None:
         return ({"engine": cached_tokens} if cached_tokens else {}), 0
     chunks = round(_fetched_bytes(legs, cached_tokens) / (spec.chunk_bytes + _HEADER_BYTES))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from kvcore.types import Role
 from nodeapi.messages import EngineInfo
 from router.nodes.known import KnownNode
-from router.routing.views import ClusterView, LeftOut, NodeKind, NodeView, NodeViews
+from router.routing.views import ClusterView, LeftOut, NodeKind, NodeView, NodeViews, same_kind
 
 
 class NodeTable(dict[str, KnownNode]):
@@ -104,7 +104,7 @@ class NodeBoard:
             self._begin()
         if not (self._touched or self._unused):
             return
-        looked_at = self._touched | self._unused
+        looked_at = [*self._touched, *(self._unused - self._touched)]
         self._touched.clear()
         for node in looked_at:
             if (place := self._places.get(node)) is not None:
@@ -136,8 +136,11 @@ class NodeBoard:
             del by_load[bisect_left(by_load, (before.load, place))]
         if now is not None:
             insort(by_load, (now.load, place, now))
-        if now is not None and before is not None and role in self._among:
-            self._rows[role][self._among[role][now.id]] = now
+        if now is not None and before is not None:
+            if role in self._among:
+                self._rows[role][self._among[role][now.id]] = now
+            if same_kind(before, now):
+                return
         was, kind = (None if view is None else NodeKind.of(view) for view in (before, now))
         if was == kind:
             return

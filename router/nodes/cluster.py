@@ -178,24 +178,26 @@ class Cluster:
         """A leg of this router starts on the chosen node. Returns what it takes of the work, at most `sequences`."""
         assert not work.begun, "what a leg took is its own"
         taken = work.taken(sequences)
-        if work.node is not None:
-            work.node.breaker.started(self._clock.now())
-            work.node.legs += 1
+        if (node := work.node) is not None:
+            node.breaker.started(self._clock.now())
+            node.count_leg(1)
         return taken
 
     def leg_spoke(self, work: NodeWork) -> None:
         """Its first token is here: its prompt is computed."""
-        self._count(work, 0, -work.prefill_tokens)
+        if work.prefill_tokens:
+            self._count(work, 0, -work.prefill_tokens)
 
     def leg_ended(self, work: NodeWork, *, ok: bool = False, error: KVFerryError | None = None) -> None:
         """It ended: well (`ok`), by `error`, or (neither) by our own hand, also before a leg took it. Only the first
         end of a work counts."""
         begun, work.begun = work.begun, False
-        self._count(work, -work.sequences, -work.prefill_tokens)
+        if work.sequences or work.prefill_tokens:
+            self._count(work, -work.sequences, -work.prefill_tokens)
         node = work.node
         if node is None or not begun:
             return
-        node.legs -= 1
+        node.count_leg(-1)
         if ok:
             node.breaker.succeeded()
             node.trust.succeeded()
@@ -216,8 +218,8 @@ class Cluster:
     ) -> None:
         """The node has the KV of this prompt in its own cache now. Nodes of ours tell what lies in their memory, not
         what their engines have read out of others'. `kept`: as for `hits`."""
-        kept = {} if kept is None else kept
-        self.caches.computed(node_id, self._engine(node_id), prompt_token_ids, salt, kept)
+        if kept and (engine := self._engine(node_id)) is not None:
+            self.caches.computed(node_id, engine, self.nodes[node_id].fingerprint, kept)
 
     def _count(self, work: NodeWork, sequences: int, prefill_tokens: int) -> None:
         work.count(sequences, prefill_tokens, self._clock.now())

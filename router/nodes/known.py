@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from kvcore.types import NodeInfo, Role
-from nodeapi.messages import NodeReport
+from nodeapi.messages import EngineInfo, NodeReport
 from router.nodes.health import Breaker
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.pace import NodePace
@@ -11,6 +13,38 @@ from router.nodes.trust import NodeTrust, TrustState
 from router.routing.limits import RateLimits
 from router.routing.rates import NodeRates
 from router.routing.views import NodeView, TierRates, ToldWork
+
+
+@dataclass(slots=True)
+class OwnLoad:
+    """This router's own work on a node. It changes several times a request: whoever changes it says so when it is done
+    (`KnownNode.touch`)."""
+
+    legs: int = 0
+    """Under way."""
+    sequences: int = 0
+    prefill_tokens: int = 0
+    prefills: int = 0
+    """Prompts that `prefill_tokens` are of."""
+    computing_since: float = 0.0
+    """When the node began with the first of those that are left of `prefill_tokens`, as far as that can be told from
+    here."""
+
+
+_Load = tuple[int, int, int, float, bool, ToldWork | None]
+
+
+@dataclass(slots=True)
+class _LastView:
+    """A node as policies saw it last: `view`, which is `measured` under this `load`; and that is of this report and so
+    many `changes` of these rates."""
+
+    report: NodeReport
+    rates: NodeRates
+    changes: int
+    measured: NodeView
+    load: _Load
+    view: NodeView
 
 
 @dataclass(slots=True, repr=False, eq=False)
@@ -45,29 +79,37 @@ class KnownNode:
     breaker: Breaker = field(default_factory=Breaker)
     pace: NodePace = field(default_factory=lambda: NodePace(NodeHealthLimits()))
     trust: NodeTrust = field(default_factory=lambda: NodeTrust(NodeHealthLimits()))
-    legs: int = 0
-    """Of ours, under way."""
-    sequences: int = 0
-    prefill_tokens: int = 0
-    prefills: int = 0
-    """Prompts that `prefill_tokens` are of."""
-    computing_since: float = 0.0
-    """When it began with the first of those that are left of `prefill_tokens`, as far as that can be told from here."""
+    own: OwnLoad = field(default_factory=OwnLoad)
     others_sequences: int = 0
     """What it reported beyond ours: of other routers."""
     told: ToldWork | None = None
     """By the other routers, of their work on it."""
     rates: NodeRates = field(default_factory=NodeRates)
-    _viewed: tuple[NodeReport, int, NodeView] | None = None
+    _seen: _LastView | None = None
 
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
-        if name != "asked_at":
+        if name not in ("asked_at", "_seen"):
             self.touched.add(self)
 
     def touch(self) -> None:
-        """Its breaker, trust or rates have changed, none of which is set anew."""
+        """Its load, breaker, trust or rates have changed, none of which is set anew."""
         self.touched.add(self)
+
+    def count_leg(self, number: int) -> None:
+        """So many legs more are under way on it."""
+        self.own.legs += number
+        self.touch()
+
+    @property
+    def sequences(self) -> int:
+        """Of this router's."""
+        return self.own.sequences
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Of prompts that this router has sent it and that it has not answered."""
+        return self.own.prefill_tokens
 
     def __repr__(self) -> str:
         load = f"{self.sequences} sequences, {self.prefill_tokens} to prefill"
@@ -109,8 +151,8 @@ class KnownNode:
         """Whether others are to be preferred: it was late, or may not have more legs for now."""
         if self.trust.state is TrustState.TRUSTED:
             return self.misses > 0
-        chosen = 1 if self.prefill_tokens else 0  # for a prefill that has not begun, at least
-        return not self.trust.has_room(max(self.legs, self.sequences, chosen))
+        chosen = 1 if self.own.prefill_tokens else 0  # for a prefill that has not begun, at least
+        return not self.trust.has_room(max(self.own.legs, self.own.sequences, chosen))
 
     def reported_others(self, sequences: int) -> None:
         """It has so many beyond ours. Others have told of some of them."""
@@ -136,54 +178,58 @@ class KnownNode:
 
     def left_tokens(self, now: float) -> float:
         """That it has to compute of ours, as far as time tells."""
-        if self.prefills != 1 or self.report is None or self.report.engine is None:
+        if self.own.prefills != 1 or self.report is None or self.report.engine is None:
             return self.prefill_tokens
         return self.view().left_tokens(now)
 
     def view(self) -> NodeView:
         """What policies see of it, while it is without problem. The same one until something of it changes: with many
         nodes, making all of them anew for each request costs more than the choice."""
-        report, sequences, doubtful = self.report, self.sequences + self.others_sequences, self.doubtful
+        report, rates, own, seen = self.report, self.rates, self.own, self._seen
         assert report is not None and report.engine is not None, "a node without problem has reported"
-        rates, before = self.rates, self._viewed
-        same = before is not None and before[0] is report and before[1] == rates.changes
-        known = before[2] if before is not None and same else None
-        if known is not None:
-            view = known
-            same_load = view.sequences == sequences and view.prefill_tokens == self.prefill_tokens
-            if same_load and view.doubtful == doubtful and view.told is self.told:
-                return view
-        view = NodeView(
+        load = (
+            own.sequences + self.others_sequences,
+            own.prefill_tokens,
+            own.prefills,
+            own.computing_since,
+            self.doubtful,
+            self.told,
+        )
+        if seen is None or seen.report is not report or seen.rates is not rates or seen.changes != rates.changes:
+            before = seen.measured if seen is not None and seen.report is report else None
+            measured = self._measured(report, report.engine, before)
+            seen = self._seen = _LastView(report, rates, rates.changes, measured, load, _under(measured, load))
+        elif seen.load != load:
+            seen.load, seen.view = load, _under(seen.measured, load)
+        return seen.view
+
+    def _measured(self, report: NodeReport, engine: EngineInfo, before: NodeView | None) -> NodeView:
+        """As it would be without load. `before`: the last one, if that was of the same report."""
+        rates = self.rates
+        near, far = rates.near.per_s, rates.far.per_s
+        return NodeView(
             id=self.id,
             role=self.role,
             fingerprint=self.fingerprint,
-            chunk_tokens=report.engine.kv_spec.chunk_tokens,
-            max_context=report.engine.max_context,
-            sequences=sequences,
-            prefill_tokens=self.prefill_tokens,
-            kv_spec=report.engine.kv_spec,
-            doubtful=doubtful,
+            chunk_tokens=engine.kv_spec.chunk_tokens,
+            max_context=engine.max_context,
+            kv_spec=engine.kv_spec,
             lacks=self.lacks,
-            adapters=known.adapters if known is not None else frozenset(report.engine.adapters),
-            takes_documents=not report.engine.refuses_documents,
-            prefills=self.prefills,
-            told=self.told,
-            computing_since=self.computing_since,
-            max_sequences=report.engine.max_sequences,
+            adapters=frozenset(engine.adapters) if before is None else before.adapters,
+            takes_documents=not engine.refuses_documents,
+            max_sequences=engine.max_sequences,
             prefill_rate=rates.prefill.per_s,
             is_warm_up=rates.prefill.is_warm_up,
             step_s=rates.steps.each_s,
             stay_s=rates.stays.each_s,
-            near_rate=rates.near.per_s or rates.far.per_s,
-            far_rate=rates.far.per_s or rates.near.per_s,
-            read_rates=known.read_rates if known is not None else rates.read_rates(),
+            near_rate=near or far,
+            far_rate=far or near,
+            read_rates=rates.read_rates(),
             machine=self.machine,
-            put_rates=known.put_rates if known is not None else rates.put_rates(),
-            doubts=known.doubts if known is not None else rates.doubts(),
-            tiers=known.tiers if known is not None else TierRates.of(report.tiers),
+            put_rates=rates.put_rates(),
+            doubts=rates.doubts(),
+            tiers=TierRates.of(report.tiers) if before is None else before.tiers,
         )
-        object.__setattr__(self, "_viewed", (report, rates.changes, view))  # nothing that anybody sees has changed
-        return view
 
     def reason(self, now: float) -> str | None:
         """Why it is not used; None: it is used."""
@@ -192,3 +238,16 @@ class KnownNode:
         if self.breaker.open_until is not None and not self.breaker.allows(now):
             return f"breaker {self.breaker.state(now)}"
         return f"suspected: {self.trust.why}" if self.trust.state is TrustState.SUSPECTED else None
+
+
+def _under(measured: NodeView, load: _Load) -> NodeView:
+    sequences, prefill_tokens, prefills, computing_since, doubtful, told = load
+    return replace(
+        measured,
+        sequences=sequences,
+        prefill_tokens=prefill_tokens,
+        prefills=prefills,
+        computing_since=computing_since,
+        doubtful=doubtful,
+        told=told,
+    )

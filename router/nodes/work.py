@@ -22,11 +22,13 @@ class NodeWork:
         self.prefill_tokens += prefill_tokens
         if node is None:
             return
-        node.sequences += sequences
-        node.prefills += (self.prefill_tokens > 0) - computed
-        if prefill_tokens < 0 or (prefill_tokens and not node.prefill_tokens):
-            node.computing_since = now if prefill_tokens < 0 else now + node.told_left_s(now)
-        node.prefill_tokens += prefill_tokens
+        load = node.own
+        load.sequences += sequences
+        load.prefills += (self.prefill_tokens > 0) - computed
+        if prefill_tokens < 0 or (prefill_tokens and not load.prefill_tokens):
+            load.computing_since = now if prefill_tokens < 0 else now + node.told_left_s(now)
+        load.prefill_tokens += prefill_tokens
+        node.touch()
 
     def taken(self, sequences: int) -> "NodeWork":
         """What a leg takes of it, at most so many sequences: load of the node as before."""

@@ -62,9 +62,8 @@ class RouterView:
     def own_records(self, request_id: str | None = None) -> OwnRecords:
         """The last ones, without their explanations, or what there is of one request."""
         if request_id is None:
-            return OwnRecords([record.brief() for record in self._log.newest()])
-        found = [one for one in self._log.newest() if request_id in (one.id, one.client_request_id)]
-        return OwnRecords(found)
+            return OwnRecords(self._log.briefs())
+        return OwnRecords(self._log.named(request_id))
 
     async def cluster(self) -> ClusterStatus:
         """Nodes as this process sees them; counts of all processes."""
@@ -103,7 +102,7 @@ class RouterView:
 
     async def newest(self, shown: Shown) -> list[RequestRecord]:
         """The last ones of all processes, newest first, without their explanations."""
-        records = [record.brief() for record in self._log.newest(shown)]
+        records = self._log.briefs(shown)
         if self._siblings is None:
             return records
         said = await self._siblings.structs(f"{OWN}/requests", OwnRecords)

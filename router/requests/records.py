@@ -14,6 +14,7 @@ from router.requests.hints import HintRecord
 from router.requests.spec import RequestSpec
 from router.routing.costs import Way
 from router.routing.decision import Candidate, Decision
+from router.routing.shortlist import MANY
 from router.routing.views import LeftOut
 
 RING = 1000
@@ -53,9 +54,10 @@ class LegRecord(msgspec.Struct, kw_only=True):
 
 
 class RouteRecord(msgspec.Struct, kw_only=True):
-    """Where it went and why: the choice at its start. `candidates`: of each role the best first, at most
-    `decision.MAX_EXPLAINED`; so with `left_out`. `ways`: what was compared, the chosen one first. `expected_s`: from
-    the choice to the first token; None: not known."""
+    """Where it went and why: the choice at its start. `expected_s`: from the choice to the first token; None: unknown.
+
+    The explanation: `candidates`, of each role the best first, at most `decision.MAX_EXPLAINED`; so with `left_out`.
+    `ways`: what was compared, the chosen one first."""
 
     prefiller: str | None
     decoder: str
@@ -65,19 +67,17 @@ class RouteRecord(msgspec.Struct, kw_only=True):
     ways: list[Way] = []
     expected_s: float | None = None
 
+    def explain(self, decision: Decision) -> None:
+        """By the decision that it is of."""
+        self.candidates, self.left_out, self.ways = decision.candidates(), decision.left_out(), decision.best_ways()
+
 
 def route_record(decision: Decision) -> RouteRecord:
-    """Of a decision with a route."""
+    """Of a decision with a route, not explained yet."""
     route = decision.route
     assert route is not None
     return RouteRecord(
-        prefiller=route.prefiller,
-        decoder=route.decoder,
-        reason=route.reason,
-        candidates=decision.candidates(),
-        left_out=decision.left_out(),
-        ways=decision.best_ways(),
-        expected_s=decision.expected_s,
+        prefiller=route.prefiller, decoder=route.decoder, reason=route.reason, expected_s=decision.expected_s
     )
 
 
@@ -172,7 +172,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
 
 
 def record_of(spec: RequestSpec, decision: Decision, waited_s: float = 0.0) -> RequestRecord:
-    """As the request begins, of a decision with a route."""
+    """As the request begins, of a decision with a route, which is not explained yet (`RequestLog.open`)."""
     return RequestRecord(
         id=spec.request_id,
         client_request_id=spec.client_request_id,
@@ -187,12 +187,17 @@ def record_of(spec: RequestSpec, decision: Decision, waited_s: float = 0.0) -> R
 
 
 class RequestLog:
-    """The ring and the totals. In-flight requests are in it too."""
+    """The ring and the totals. In-flight requests are in it too.
+
+    Of a thousand records one is looked at: the choice of a request's nodes is explained when its record is asked for,
+    and until then kept as it was made. One among many nodes would keep them all, and is explained at once."""
 
     def __init__(self, clock: Clock | None = None, process: str | None = None) -> None:
         """`clock`: by which requests begin; None: nobody asks when. `process`: as in records."""
         self._clock, self._process = clock, process
         self._ring: OrderedDict[str, RequestRecord] = OrderedDict()
+        self._unexplained: dict[str, Decision] = {}
+        """By id, of those in the ring."""
         self.observers: list[Callable[[RequestRecord], None]] = []
         """Called with each record when it is closed."""
         self.prompt_observers: list[Callable[[RequestRecord, RequestSpec, Sequence[int]], None]] = []
@@ -212,15 +217,18 @@ class RequestLog:
         """Cached share of the prompt tokens of answered requests."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
-    def open(self, record: RequestRecord) -> None:
-        """A request begins."""
+    def open(self, record: RequestRecord, decision: Decision) -> None:
+        """A request begins, by this choice of its nodes."""
         self.in_flight += 1
         self.total += 1
         record.process = self._process
         record.began_at = 0.0 if self._clock is None else self._clock.wall()
-        self._ring[record.id] = record
+        self._ring[record.id], self._unexplained[record.id] = record, decision
+        if decision.num_usable > MANY:
+            self._explained(record)
         while len(self._ring) > RING:
-            self._ring.popitem(last=False)
+            gone, _ = self._ring.popitem(last=False)
+            self._unexplained.pop(gone, None)
 
     def close(self, record: RequestRecord, asked: RequestSpec, output: Sequence[int]) -> None:
         """It ended, with its final state set. Logs it. `output`: the tokens of its first completion."""
@@ -243,24 +251,38 @@ class RequestLog:
 
     def newest(self, shown: Callable[[str], bool] = lambda _tenant: True) -> list[RequestRecord]:
         """All in the ring, newest first, of the tenants that are `shown`."""
-        return [record for record in reversed(self._ring.values()) if shown(record.tenant)]
+        return [self._explained(record) for record in reversed(self._ring.values()) if shown(record.tenant)]
+
+    def briefs(self, shown: Callable[[str], bool] = lambda _tenant: True) -> list[RequestRecord]:
+        """As `newest`, without the explanations of their routes."""
+        return [record.brief() for record in reversed(self._ring.values()) if shown(record.tenant)]
+
+    def named(self, name: str) -> list[RequestRecord]:
+        """All in the ring, newest first, of which this is the id or the client's own X-Request-Id."""
+        found = [one for one in reversed(self._ring.values()) if name in (one.id, one.client_request_id)]
+        return [self._explained(record) for record in found]
 
     def find(self, request_id: str, shown: Callable[[str], bool] = lambda _tenant: True) -> RequestRecord | None:
         """By the id of the answer, or by the client's own X-Request-Id (the newest with it)."""
         record = self._ring.get(request_id)
         if record is not None and shown(record.tenant):
-            return record
-        return next((one for one in self.newest(shown) if one.client_request_id == request_id), None)
+            return self._explained(record)
+        return next((one for one in self.named(request_id) if shown(one.tenant)), None)
+
+    def _explained(self, record: RequestRecord) -> RequestRecord:
+        if (decision := self._unexplained.pop(record.id, None)) is not None and record.route is not None:
+            record.route.explain(decision)
+        return record
 
     def _write(self, record: RequestRecord) -> None:
         level = logging.WARNING if record.state == "failed" else logging.INFO
-        facts: dict[str, object] = {}
+        facts: dict[str, str] = {}
         for leg in record.legs:
-            if leg.timings is not None:
-                spent = leg.timings
+            if (spent := leg.timings) is not None:
+                moved = sum([move.num_bytes for move in leg.moved]) if leg.moved else 0
                 facts[f"{leg.kind}_{leg.id.rpartition('.')[2]}"] = (
                     f"node:{leg.node},queue:{spent.queue_s:.3f},wait:{spent.wait_s:.3f},load:{spent.load_s:.3f},"
-                    f"compute:{spent.compute_s:.3f},save:{spent.save_s:.3f},moved:{sum(m.num_bytes for m in leg.moved)}"
+                    f"compute:{spent.compute_s:.3f},save:{spent.save_s:.3f},moved:{moved}"
                 )
         route = record.route
         log_fields(

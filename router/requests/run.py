@@ -72,7 +72,7 @@ class RequestRun:
         route = decision.route
         assert route is not None, "a run has a route"
         self._services = services
-        self._route = route
+        self._route, self._decision = route, decision
         self._opened = opened
         self._running = running
         self.started_at = services.clock.now() - waited_s
@@ -143,7 +143,7 @@ class RequestRun:
 
     async def __aenter__(self) -> Self:
         self._opened.remove(self)
-        self._services.log.open(self.record)
+        self._services.log.open(self.record, self._decision)
         self._running.add(self)
         loop = asyncio.get_running_loop()
         spent_s = self._services.clock.now() - self.started_at

@@ -6,6 +6,7 @@ decoder loads, whoever computes the others. What nothing was measured of is not 
 comparison.
 """
 
+from math import inf
 from typing import NamedTuple
 
 import msgspec
@@ -13,6 +14,7 @@ from msgspec.structs import replace
 
 from kvcore.chunk_keys import usable_chunks
 from kvcore.types import Role
+from router.documents.hits import NO_DOCUMENTS
 from router.routing.limits import RateLimits
 from router.routing.promotion import NO_PROMOTION, Promotion, expected, offered
 from router.routing.rates import NO_DOUBT, RateKind
@@ -37,15 +39,17 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
 
 def ways(request: RouteRequest, decoder: NodeView, prefiller: NodeView | None) -> tuple[Way, ...]:
     """Those of which all is known: the decoder's, then the prefiller's."""
-    here = _by(request, decoder, decoder)
-    there = _by(request, prefiller, decoder) if prefiller is not None else None
-    return tuple(way for way in (here, there) if way is not None)
+    here = _by(request, decoder, decoder, expected(request, decoder))
+    if prefiller is None:
+        return () if here is None else (here,)
+    there = _by(request, prefiller, decoder, expected(request, prefiller))
+    return tuple([way for way in (here, there) if way is not None])
 
 
 def other_ways(request: RouteRequest, decoder: NodeView, prefiller: NodeView | None) -> tuple[Way, ...]:
     """What the same nodes' would take if they computed what they load from a tier, or loaded what they compute."""
-    found = []
-    for node in (decoder, prefiller):
+    found: list[Way] = []
+    for node in (decoder, prefiller) if request.hits else ():
         if node is not None and (offer := offered(request, node)).chunks:
             other = _by(request, node, decoder, NO_PROMOTION if offer.pays else offer)
             found += [other] if other is not None else []
@@ -100,8 +104,8 @@ def choose_way(
     here, there = found
     if pays_to_stay(found):
         in_time = there.queue_s + there.compute_s <= limits.ready_share * _try_s(here, limits)
-        moves = _moves(request, prefiller, decoder)
-        blamed = max(moves, key=lambda move: move.seconds).by if in_time else None
+        moves = _moves(request, prefiller, decoder, expected(request, prefiller), _chunks(request, prefiller))
+        blamed = _blamed(moves, prefiller, decoder) if in_time else None
         doubts = decoder.doubts if blamed is not None and blamed.node == decoder.id else prefiller.doubts
         tries = blamed is not None and doubts.get(blamed[1:], NO_DOUBT).is_due(request.now, limits)
         return WayChoice(stays=not tries, blamed=blamed, tries=tries)
@@ -131,73 +135,72 @@ def _try_s(here: Way, limits: RateLimits) -> float:
     return max(limits.least_wait_s, limits.patience * here.expected_s)
 
 
-class _Move(NamedTuple):
-    """KV on its way. `seconds` inf: not known."""
-
-    seconds: float
-    by: Blamed
+def _chunks(request: RouteRequest, node: NodeView) -> tuple[int, int]:
+    """(full ones of the prompt, those of them that are cached in memory where it reaches them)."""
+    full = usable_chunks(request.prompt_tokens, node.chunk_tokens)
+    return full, min(request.hits_for(node).in_reach_of(node.id), full)
 
 
 def _moves(
-    request: RouteRequest, node: NodeView, decoder: NodeView, promotion: Promotion | None = None
-) -> tuple[_Move, ...]:
-    """What `node` loads out of its own machine's memory and out of others'; what a prefiller writes for a decoder of
-    another machine, and what that one reads: of it, and of documents that are there, on its own machine and on
-    others."""
-    promotion = expected(request, node) if promotion is None else promotion
-    full, cached = _chunks(request, node, promotion)
+    request: RouteRequest, node: NodeView, decoder: NodeView, promotion: Promotion, chunks: tuple[int, int]
+) -> tuple[float, ...]:
+    """Seconds for which KV is on its way; inf: not known. What `node` loads out of its own machine's memory, and out of
+    others'; then, of a prefiller, what it writes for a decoder of another machine, and what that one reads on its own
+    machine, and from others: of the prefiller's, and of documents that are there. `_blamed` names them in this order.
+    `chunks`: see the function of this name."""
+    full, cached = chunks
     size = node.kv_spec.chunk_bytes if node.kv_spec is not None else 0
-    own = min(request.hits_for(node).by_node.get(node.id, 0), cached - promotion.chunks)
-    others, by_peers = cached - promotion.chunks - own, promotion.chunks - promotion.near
-    read_rate = node.read_rate(request.hits_for(node).machine, request.now)
-    far_s = _moving_s(others * size, read_rate) + _moving_s(by_peers * size, node.far_rate)
+    near_s = far_s = read_near_s = read_far_s = 0.0
+    if cached or promotion.chunks:
+        hits = request.hits_for(node)
+        own, by_peers = min(hits.by_node.get(node.id, 0), cached), promotion.chunks - promotion.near
+        near_s = _moving_s((own + promotion.near) * size, node.near_rate)
+        read_rate = node.read_rate(hits.machine, request.now)
+        far_s = _moving_s((cached - own) * size, read_rate) + _moving_s(by_peers * size, node.far_rate)
     documents = request.documents_for(decoder)  # those that are there the decoder loads, whoever computes the others
     token_bytes = size / node.chunk_tokens
-    there = documents.by_node.get(decoder.id, 0.0) * token_bytes, documents.elsewhere(decoder.id) * token_bytes
-    read_s = _moving_s(there[0], decoder.near_rate), _moving_s(there[1], decoder.far_rate)
+    if documents is not NO_DOCUMENTS:
+        read_near_s = _moving_s(documents.by_node.get(decoder.id, 0.0) * token_bytes, decoder.near_rate)
+        read_far_s = _moving_s(documents.elsewhere(decoder.id) * token_bytes, decoder.far_rate)
     if node is decoder:
-        return (
-            _Move(_moving_s((own + promotion.near) * size, node.near_rate) + read_s[0], Blamed(node.id, "near")),
-            _Move(far_s + read_s[1], Blamed(node.id, "far")),
-        )
-    loads = (
-        _Move(_moving_s((own + promotion.near) * size, node.near_rate), Blamed(node.id, "near")),
-        _Move(far_s, Blamed(node.id, "far")),
-    )
+        return near_s + read_near_s, far_s + read_far_s
+    handed = max(0.0, (full - cached - promotion.chunks) * size - documents.in_reach * token_bytes)
     put_rate = node.put_rate(decoder.machine, request.now)
-    handed = max(0.0, (full - cached) * size - documents.in_reach * token_bytes)
+    put_s = handed / put_rate if put_rate else 0.0
     handed_s = handed / decoder.near_rate if decoder.near_rate else 0.0
-    return (
-        *loads,
-        _Move(handed / put_rate if put_rate else 0.0, Blamed(node.id, "put", decoder.machine)),
-        _Move(handed_s + read_s[0], Blamed(decoder.id, "near")),
-        _Move(read_s[1], Blamed(decoder.id, "far")),
+    return near_s, far_s, put_s, handed_s + read_near_s, read_far_s
+
+
+def _blamed(moves: tuple[float, ...], prefiller: NodeView, decoder: NodeView) -> Blamed:
+    """The rate that makes most of a prefiller's `_moves`."""
+    by = (
+        Blamed(prefiller.id, "near"),
+        Blamed(prefiller.id, "far"),
+        Blamed(prefiller.id, "put", decoder.machine),
+        Blamed(decoder.id, "near"),
+        Blamed(decoder.id, "far"),
     )
+    return by[moves.index(max(moves))]
 
 
-def _chunks(request: RouteRequest, node: NodeView, promotion: Promotion) -> tuple[int, int]:
-    """(full ones of the prompt, those of them that are cached where it reaches them, or promoted)."""
-    full = usable_chunks(request.prompt_tokens, node.chunk_tokens)
-    return full, min(request.hits_for(node).in_reach_of(node.id), full) + promotion.chunks
-
-
-def _by(request: RouteRequest, node: NodeView, decoder: NodeView, promotion: Promotion | None = None) -> Way | None:
-    promotion = expected(request, node) if promotion is None else promotion
-    near, far, *handing = (move.seconds for move in _moves(request, node, decoder, promotion))
-    load_s = near + far
-    rest = request.prompt_tokens - _chunks(request, node, promotion)[1] * node.chunk_tokens
+def _by(request: RouteRequest, node: NodeView, decoder: NodeView, promotion: Promotion) -> Way | None:
+    chunks = _chunks(request, node)
+    near_s, far_s, *handing = _moves(request, node, decoder, promotion, chunks)
+    rest = request.prompt_tokens - (chunks[1] + promotion.chunks) * node.chunk_tokens
     rest -= request.documents_for(node).in_reach
-    if not node.prefill_rate and rest > node.chunk_tokens:  # a part of a chunk takes the one step
-        return None
-    if float("inf") in (load_s, promotion.seconds, *handing):
-        return None
     queue_s = compute_s = handoff_s = 0.0
     if node.prefill_rate:
         queue_s, compute_s = node.ahead_tokens(request.now) / node.prefill_rate, rest / node.prefill_rate
+    elif rest > node.chunk_tokens:  # a part of a chunk takes the one step
+        return None
     if handing:
-        put_s, *read_s = handing
-        handoff_s = max(0.0, put_s - compute_s) + sum(read_s)  # chunks are written while the next ones are computed
+        put_s, read_near_s, read_far_s = handing
+        # chunks are written while the next ones are computed
+        handoff_s = max(0.0, put_s - compute_s) + read_near_s + read_far_s
+    load_s = near_s + far_s
     total_s = max(queue_s, promotion.seconds) + load_s + compute_s + handoff_s + decoder.step_s
+    if total_s == inf:
+        return None
     return Way(
         node=node.id,
         role=node.role,
@@ -214,4 +217,4 @@ def _by(request: RouteRequest, node: NodeView, decoder: NodeView, promotion: Pro
 def _moving_s(num_bytes: float, rate: float) -> float:
     if not num_bytes:
         return 0.0
-    return num_bytes / rate if rate else float("inf")
+    return num_bytes / rate if rate else inf

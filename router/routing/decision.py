@@ -119,9 +119,9 @@ class Decision(msgspec.Struct, frozen=True):
     @property
     def expected_s(self) -> float | None:
         """From the choice to the first token; None: not known."""
-        first = self.best_ways()[:1]
-        chosen = self.route and (self.route.prefiller or self.route.decoder)
-        return first[0].expected_s if first and first[0].node == chosen else None
+        route = self.route
+        way = None if route is None else self._way_of(route.prefiller or route.decoder)
+        return None if way is None else way.expected_s
 
     @property
     def worth_waiting_s(self) -> float | None:
@@ -131,8 +131,19 @@ class Decision(msgspec.Struct, frozen=True):
     @property
     def before_handoff_s(self) -> float | None:
         """What the prefiller should take until nothing is left but to hand over; None: not known, or there is none."""
-        way = next((way for way in self.ways if self.route is not None and way.node == self.route.prefiller), None)
+        way = None if self.route is None else self._way_of(self.route.prefiller)
         return None if way is None else max(way.queue_s, way.promote_s) + way.load_s + way.compute_s
+
+    def _way_of(self, node: str | None) -> Way | None:
+        for way in self.ways:
+            if way.node == node:
+                return way
+        return None
+
+    @property
+    def num_usable(self) -> int:
+        """Nodes that it was made among."""
+        return sum([len(ranking.usable) for ranking in self._rankings()])
 
     def candidates(self, limit: int = MAX_EXPLAINED) -> list[Candidate]:
         """Decoders, then prefillers if one was wanted; at most `limit` of each, best first."""

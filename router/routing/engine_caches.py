@@ -5,7 +5,8 @@ ours, `sent` alone. What lies in tiers `tiers` says.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from kvcore.chunk_keys import prompt_keys, usable_chunks
 from kvcore.types import ChunkKey
@@ -18,7 +19,7 @@ from router.routing.parted_index import PartedIndex
 from router.routing.sent import SentPrefixes
 from router.routing.tier_index import TierIndex
 from router.routing.told import ToldPrefixes
-from router.routing.views import NO_HITS, ClusterView
+from router.routing.views import NO_HITS, ClusterView, one_of_each_kv
 
 
 class EngineCaches:
@@ -65,14 +66,11 @@ class EngineCaches:
         if self._soon is not None:
             self._soon.sent(node_id, prompt_token_ids, salt)
 
-    def computed(
-        self, node_id: str, engine: EngineInfo | None, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys
-    ) -> None:
-        """The node's engine has the KV of this prompt in its own blocks now."""
-        if self._sent is None and engine is not None:
-            keys = kept.get((engine.kv_spec.fingerprint, engine.kv_spec.chunk_tokens), [])
-            if self._index.find(keys).by_node.get(node_id, 0) < len(keys):
-                self._held.read(node_id, engine, keys)
+    def computed(self, node_id: str, engine: EngineInfo, fingerprint: bytes, kept: KeptKeys) -> None:
+        """The node's engine has the KV of the prompt with these keys in its own blocks now. `fingerprint`: of that."""
+        keys = kept.get((fingerprint, engine.kv_spec.chunk_tokens)) if self._sent is None else None
+        if keys and self._index.find(keys).by_node.get(node_id, 0) < len(keys):
+            self._held.read(node_id, engine, keys)
 
     def not_promoted(self, kept: KeptKeys) -> None:
         """A node looked for a prompt's chunks in its tiers, and there was none."""
@@ -82,19 +80,22 @@ class EngineCaches:
     def hits(
         self, view: ClusterView, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys
     ) -> dict[bytes, PrefixHits]:
-        """See `Cluster.hits`."""
+        """See `Cluster.hits`. What is nowhere has none."""
         found: dict[bytes, PrefixHits] = {}
         if self._sent is not None:
             hits = self._plain_hits(self._sent.find(prompt_token_ids, salt, kept), prompt_token_ids, salt, kept)
             return {node.fingerprint: hits for node in (view.decoders or view.prefillers)[:1]}
-        for node in (view.decoders or view.prefillers) if self._index or self._tiers else ():
-            if node.fingerprint not in found:
-                keys = kept.get(kind := (node.fingerprint, node.chunk_tokens))
-                if keys is None:
-                    count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
-                    keys = kept[kind] = prompt_keys(node.fingerprint, salt, prompt_token_ids, node.chunk_tokens)[:count]
-                in_memory = self._placed(self._index.find(keys))
-                found[node.fingerprint] = self._tiers.behind(self._held.with_these(in_memory, keys), keys)
+        if not (self._index or self._tiers):
+            return found
+        for node in one_of_each_kv(view.decoders or view.prefillers):
+            keys = kept.get(kind := (node.fingerprint, node.chunk_tokens))
+            if keys is None:
+                count = usable_chunks(len(prompt_token_ids), node.chunk_tokens)
+                keys = kept[kind] = prompt_keys(node.fingerprint, salt, prompt_token_ids, node.chunk_tokens)[:count]
+            in_memory = self._placed(self._index.find(keys))
+            hits = self._tiers.behind(self._held.with_these(in_memory, keys), keys)
+            if hits.longest or hits.in_tiers:
+                found[node.fingerprint] = hits
         return found
 
     def document_hits(

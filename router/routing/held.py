@@ -7,7 +7,8 @@ engines keep what they have read for as long as they have room, and it goes firs
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from kvcore.types import ChunkKey
 from nodeapi.messages import EngineInfo

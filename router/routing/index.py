@@ -7,14 +7,14 @@ never 0, and has bits of known segments and dead ones only; no bit is given to a
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
+
+import msgspec
 
 from kvcore.types import ChunkKey
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixHits:
+class PrefixHits(msgspec.Struct, frozen=True):
     """`by_node[n]`: how many leading chunks node n holds (absent: none). `longest`: how many leading chunks are
     somewhere, each perhaps on another node. `each_its_own`: a node has no use for what another one holds; `full`: some
     have to forget for what they compute. Behind the
@@ -22,10 +22,10 @@ class PrefixHits:
     in any of these."""
 
     longest: int = 0
-    by_node: dict[str, int] = field(default_factory=dict)
+    by_node: dict[str, int] = {}
     each_its_own: bool = False
     full: bool = False
-    on_disk: dict[str, int] = field(default_factory=dict)
+    on_disk: dict[str, int] = {}
     in_shared: int = 0
     in_tiers: int = 0
     machine: str = ""
@@ -60,7 +60,9 @@ class PrefixIndex:
         return sum(map(len, self._tables))
 
     def __bool__(self) -> bool:
-        return any(self._tables)
+        """Whether any segment may hold something: asked once a request, when to look into each table takes longer than
+        all else that is done with an empty index."""
+        return bool(self._slots)
 
     def __repr__(self) -> str:
         return f"<PrefixIndex {len(self)} chunks on {len(self._bits)} segments>"

@@ -7,7 +7,7 @@ a request can never use, and when it needs no prefiller. Knows no clock, no sock
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from operator import add
 from typing import Protocol
@@ -20,7 +20,7 @@ from router.routing.costs import WayChoice, choose_way, other_ways, ways
 from router.routing.decision import Cut, Decision, Ranking
 from router.routing.promotion import expected, with_rates
 from router.routing.shortlist import shortlist
-from router.routing.views import ClusterView, NodeView, RouteRequest, keep_kinds, serves
+from router.routing.views import ClusterView, NodeKind, NodeView, NodeViews, RouteRequest, serves
 
 IN_NEED = "in_need"
 """`Route.reason` where a prefiller decodes, as no decoder can."""
@@ -48,6 +48,24 @@ class Filter:
     reason: str
     keep: Callable[[RouteRequest, Sequence[NodeView], NodeView | None], Sequence[NodeView]]
     detail: Callable[[NodeView, NodeView | None], str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KindFilter:
+    """A Filter by what many nodes have in common: with a thousand of one kind it looks at one. `wanted(request, node,
+    decoder)`: whether such nodes stay."""
+
+    reason: str
+    wanted: Callable[[RouteRequest, NodeView | NodeKind, NodeView | None], bool]
+    detail: Callable[[NodeView, NodeView | None], str] | None = None
+
+    def keep(self, request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[NodeView]:
+        """As of a Filter."""
+        wanted = self.wanted
+        for node in nodes.kinds if isinstance(nodes, NodeViews) else nodes:
+            if not wanted(request, node, decoder):
+                return [node for node in nodes if wanted(request, node, decoder)]
+        return nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +104,14 @@ class Rules:
     """
 
     scorers: tuple[tuple[Scorer, float], ...] = ()
-    filters: tuple[Filter, ...] = ()
+    filters: tuple[Filter | KindFilter, ...] = ()
     pick: Callable[[Sequence[float], int], int] = cheapest
     by_load: bool = False
+    names: tuple[str, ...] = field(init=False)
+    """Of the scorers."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple([scorer.name for scorer, _ in self.scorers]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +129,16 @@ class Policy:
         decoder = decoders.node
         if decoder is None:
             return self._choose_in_need(request, view, decoders)
-        prefillers, prefiller = None, None
+        prefillers, prefiller, cached_there = None, None, 0
         cached, reason = _prefiller_unneeded(request, decoder)
         if reason is None:
             rules = self.prefiller
             prefillers = _rank(Role.PREFILLER, PREFILLER_FILTERS, rules, request, view.prefillers, decoder=decoder)
-            prefiller = prefillers.node
-            found = "prefix_hit" if prefiller and _cached_tokens(request, prefiller) else "no_prefix"
-            reason = found if prefiller else _why_no_prefiller(prefillers.cuts, decoder)
+            if (prefiller := prefillers.node) is None:
+                reason = _why_no_prefiller(prefillers.cuts, decoder)
+            else:
+                cached_there = _cached_tokens(request, prefiller)
+                reason = "prefix_hit" if cached_there else "no_prefix"
         compared = ways(request, decoder, prefiller)
         way = choose_way(request, compared, decoder, prefiller) if request.decoder is None else WayChoice()
         if way.stays:
@@ -123,7 +148,7 @@ class Policy:
         route = Route(
             prefiller=prefiller.id if prefiller else None,
             decoder=decoder.id,
-            expected_cached_tokens=cached if prefiller is None else _cached_tokens(request, prefiller),
+            expected_cached_tokens=cached if prefiller is None else cached_there,
             reason=reason,
             expected_promoted_tokens=expected(request, prefiller or decoder).chunks * decoder.chunk_tokens,
         )
@@ -159,23 +184,20 @@ def make_policy(name: RoutingPolicy) -> RoutePolicy:
 # --- what holds under every policy -----------------------------------------------------------------------------------
 
 
-def _decoders_that_fit(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
-    needed = request.prompt_tokens + request.completion_tokens
-    return keep_kinds(nodes, lambda node: node.max_context >= needed)
+def _decoders_that_fit(request: RouteRequest, node: NodeView | NodeKind, _: NodeView | None) -> bool:
+    return node.max_context >= request.prompt_tokens + request.completion_tokens
 
 
-def _decoders_that_obey(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
-    asks = request.asks
-    return keep_kinds(nodes, lambda node: asks.isdisjoint(node.lacks)) if asks else nodes
+def _obeys(request: RouteRequest, node: NodeView | NodeKind, _: NodeView | None) -> bool:
+    return not request.asks or request.asks.isdisjoint(node.lacks)
 
 
-def _serve_the_adapter(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
-    adapter = request.adapter
-    return keep_kinds(nodes, lambda node: serves(node, adapter)) if adapter else nodes
+def _serves_the_adapter(request: RouteRequest, node: NodeView | NodeKind, _: NodeView | None) -> bool:
+    return not request.adapter or serves(node, request.adapter)
 
 
-def _prefillers_that_fit(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
-    return keep_kinds(nodes, lambda node: node.max_context >= request.prompt_tokens)
+def _prefiller_fits(request: RouteRequest, node: NodeView | NodeKind, _: NodeView | None) -> bool:
+    return node.max_context >= request.prompt_tokens
 
 
 def _not_excluded(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
@@ -189,17 +211,13 @@ def _decoders_wanted(request: RouteRequest, nodes: Sequence[NodeView], _: NodeVi
     return _not_excluded(request, nodes, None)
 
 
-def _of_the_answers_model(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
-    fingerprint = request.fingerprint
-    return keep_kinds(nodes, lambda node: node.fingerprint == fingerprint) if fingerprint else nodes
+def _of_the_answers_model(request: RouteRequest, node: NodeView | NodeKind, _: NodeView | None) -> bool:
+    return not request.fingerprint or node.fingerprint == request.fingerprint
 
 
-def _of_the_decoders_kv(
-    request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None
-) -> Sequence[NodeView]:
+def _of_the_decoders_kv(request: RouteRequest, node: NodeView | NodeKind, decoder: NodeView | None) -> bool:
     assert decoder is not None, "the decoder is chosen first"
-    fingerprint = decoder.fingerprint
-    return keep_kinds(nodes, lambda node: node.fingerprint == fingerprint)
+    return node.fingerprint == decoder.fingerprint
 
 
 def _what_differs(node: NodeView, decoder: NodeView | None) -> str:
@@ -217,31 +235,32 @@ def _why_no_prefiller(cuts: Sequence[Cut], decoder: NodeView) -> str:
     return "other_kv" + (f": {names}" if names else "")
 
 
-def _without_doubt(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
-    return keep_kinds(nodes, lambda node: not node.doubtful)
+def _without_doubt(request: RouteRequest, node: NodeView | NodeKind, _: NodeView | None) -> bool:
+    return not node.doubtful
 
 
-def _documents_taken(request: RouteRequest, nodes: Sequence[NodeView], _: NodeView | None) -> Sequence[NodeView]:
-    return keep_kinds(nodes, lambda node: node.takes_documents) if request.documents else nodes
+def _takes_documents(request: RouteRequest, node: NodeView | NodeKind, _: NodeView | None) -> bool:
+    return not request.documents or node.takes_documents
 
 
-_NOT_DOUBTFUL = Filter("slow or silent a moment ago", _without_doubt)
-"""A preference, as those of a policy: one that would leave nobody is passed over."""
-_TAKES_DOCUMENTS = Filter("takes no documents", _documents_taken)
-"""A preference too."""
-_OTHER_KV = Filter("its KV is not what the decoder reads", _of_the_decoders_kv, _what_differs)
-_NO_ADAPTER = Filter("does not serve the adapter, or has other files of it", _serve_the_adapter)
+_PREFERRED = (
+    KindFilter("slow or silent a moment ago", _without_doubt),
+    KindFilter("takes no documents", _takes_documents),
+)
+"""Preferences, as those of a policy: one that would leave nobody is passed over."""
+_OTHER_KV = KindFilter("its KV is not what the decoder reads", _of_the_decoders_kv, _what_differs)
+_NO_ADAPTER = KindFilter("does not serve the adapter, or has other files of it", _serves_the_adapter)
 DECODER_FILTERS = (
     _NO_ADAPTER,
-    Filter("cannot do what the request asks", _decoders_that_obey),
-    Filter("too short a context", _decoders_that_fit),
+    KindFilter("cannot do what the request asks", _obeys),
+    KindFilter("too short a context", _decoders_that_fit),
     Filter("tried before, or another one was wanted", _decoders_wanted),
-    Filter("other weights or settings than the answer began with", _of_the_answers_model),
+    KindFilter("other weights or settings than the answer began with", _of_the_answers_model),
 )
 PREFILLER_FILTERS = (
     _NO_ADAPTER,
     _OTHER_KV,
-    Filter("too short a context", _prefillers_that_fit),
+    KindFilter("too short a context", _prefiller_fits),
     Filter("tried before", _not_excluded),
 )
 
@@ -274,6 +293,8 @@ def _prefiller_of_documents_unneeded(request: RouteRequest, decoder: NodeView) -
 
 def _cached_tokens(request: RouteRequest, node: NodeView) -> int:
     """Of the prompt, what this node would not have to compute."""
+    if not (request.hits or request.documents):
+        return 0
     return _cached_prefix(request, node) + request.documents_for(node).in_reach
 
 
@@ -285,7 +306,7 @@ def _cached_prefix(request: RouteRequest, node: NodeView) -> int:
 
 def _rank(
     role: Role,
-    required: tuple[Filter, ...],
+    required: tuple[Filter | KindFilter, ...],
     rules: Rules,
     request: RouteRequest,
     nodes: Sequence[NodeView],
@@ -296,34 +317,34 @@ def _rank(
     cuts: tuple[Cut, ...] = ()
     for rule in required:
         kept = rule.keep(request, nodes, decoder)
-        if len(kept) != len(nodes):
+        if kept is not nodes and len(kept) != len(nodes):
             cuts += (_cut(rule, nodes, kept, decoder),)
             nodes = kept
-    for rule in (_NOT_DOUBTFUL, _TAKES_DOCUMENTS, *rules.filters):
+    for rule in (*_PREFERRED, *rules.filters):
         kept = rule.keep(request, nodes, decoder)
-        if kept and len(kept) != len(nodes):
+        if kept is not nodes and kept and len(kept) != len(nodes):
             cuts += (_cut(rule, nodes, kept, decoder),)
             nodes = kept
-    names = tuple([scorer.name for scorer, _ in rules.scorers])
+    names = rules.names
     if not nodes:
         return Ranking(role, (), (), names, ((),) * len(names), cuts, None, ())
     usable = nodes
     if rules.by_load:
         nodes = shortlist(request, usable)
-    columns = tuple([_weighted(scorer.score(request, nodes, decoder), weight) for scorer, weight in rules.scorers])
-    totals: Sequence[float] = columns[0] if columns else no_scores(len(nodes))
-    for column in columns[1:]:
-        if column is not no_scores(len(nodes)):
-            totals = list(map(add, totals, column))
-    return Ranking(role, nodes, totals, names, columns, cuts, rules.pick(totals, request.turn), usable)
+    totals = zeros = no_scores(len(nodes))
+    columns = []
+    for scorer, weight in rules.scorers:
+        column = scorer.score(request, nodes, decoder)
+        if column is not zeros:
+            if weight != 1.0:
+                column = [weight * score for score in column]
+            totals = column if totals is zeros else list(map(add, totals, column))
+        columns.append(column)
+    return Ranking(role, nodes, totals, names, tuple(columns), cuts, rules.pick(totals, request.turn), usable)
 
 
-def _cut(rule: Filter, before: Sequence[NodeView], kept: Sequence[NodeView], decoder: NodeView | None) -> Cut:
+def _cut(
+    rule: Filter | KindFilter, before: Sequence[NodeView], kept: Sequence[NodeView], decoder: NodeView | None
+) -> Cut:
     detail = rule.detail
     return Cut(rule.reason, before, kept, None if detail is None else lambda node: detail(node, decoder))
-
-
-def _weighted(scores: Sequence[float], weight: float) -> Sequence[float]:
-    if weight == 1.0 or scores is no_scores(len(scores)):
-        return scores
-    return [weight * score for score in scores]

@@ -5,8 +5,9 @@ A node loads from the tiers that it reaches itself; what lies on another node's 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from kvcore.chunk_keys import usable_chunks
 from kvcore.types import Role
@@ -64,13 +65,15 @@ def offered(request: RouteRequest, node: NodeView) -> Promotion:
 
 def expected(request: RouteRequest, node: NodeView) -> Promotion:
     """What the node will load."""
+    if not request.hits:
+        return NO_PROMOTION
     found = offered(request, node)
     return found if found.pays else NO_PROMOTION
 
 
 def with_rates(request: RouteRequest, view: ClusterView) -> RouteRequest:
     """The request, which knows how fast others could compute or load for a node."""
-    if not any(hits.in_tiers for hits in request.hits.values()):
+    if not request.hits or not any(hits.in_tiers for hits in request.hits.values()):
         return request
     holders = [node for node in (*view.prefillers, *view.decoders) if node.id in request.hits_for(node).on_disk]
     return replace(

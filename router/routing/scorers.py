@@ -32,13 +32,13 @@ def _prefill_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: N
 
 def _remote_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
     tokens = _remote_prefix(request, nodes)
-    if not any(hits.in_reach for hits in request.documents.values()):
+    if not request.documents or not any(hits.in_reach for hits in request.documents.values()):
         return tokens
     return [number + request.documents_for(node).elsewhere(node.id) for number, node in zip(tokens, nodes, strict=True)]
 
 
 def _remote_prefix(request: RouteRequest, nodes: Sequence[NodeView]) -> Sequence[float]:
-    if not any(hits.longest for hits in request.hits.values()):
+    if not request.hits or not any(hits.longest for hits in request.hits.values()):
         return no_scores(len(nodes))
     if any(hits.each_its_own for hits in request.hits.values()):  # what it lacks it computes: no loading
         hits = [request.hits_for(node) for node in nodes]
@@ -74,7 +74,8 @@ def _slowed(
 
 def _handing_over(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
     there = decoder.machine if decoder is not None else ""
-    rates = [node.put_rate(there, request.now) for node in nodes] if there else []
+    measured = [node.put_rates for node in nodes] if there else []
+    rates = [node.put_rate(there, request.now) for node in nodes] if any(measured) else []
     if not any(rates):
         return no_scores(len(nodes))
     known = [_beyond_computing(request, node, rate) if rate else None for node, rate in zip(nodes, rates, strict=True)]
@@ -95,7 +96,7 @@ def _beyond_computing(request: RouteRequest, node: NodeView, rate: float) -> flo
 
 
 def _tier_tokens(request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[float]:
-    if not any(hits.in_tiers for hits in request.hits.values()):
+    if not request.hits or not any(hits.in_tiers for hits in request.hits.values()):
         return no_scores(len(nodes))
     return promoting_tokens(request, nodes)
 

@@ -6,7 +6,8 @@ Owns the guess of what is shared, which is bounded: a wrong one costs an expecta
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from kvcore.config.tiers import TiersConfig
 from kvcore.partitions import Partitions

@@ -1,7 +1,6 @@
 """What a policy sees: the request, the usable nodes at one moment, and why the others are not. Values only."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -58,8 +57,7 @@ class TierRates(NamedTuple):
 NO_TIERS = TierRates()
 
 
-@dataclass(frozen=True, slots=True)
-class NodeView:
+class NodeView(msgspec.Struct, frozen=True):
     """A node that may be used now. `sequences` and `prefill_tokens` are outstanding work; `kv_spec` explains, the
     fingerprint decides."""
 
@@ -92,13 +90,13 @@ class NodeView:
     """Bytes of KV a second that it reads, out of memory of its own machine, …"""
     far_rate: float = 0.0
     """… and of others, …"""
-    read_rates: Mapping[str, PairRate] = field(default_factory=dict)
+    read_rates: Mapping[str, PairRate] = {}
     """… of each machine."""
     machine: str = ""
     """Where its memory lies; empty: not known."""
-    put_rates: Mapping[str, PairRate] = field(default_factory=dict)
+    put_rates: Mapping[str, PairRate] = {}
     """Bytes of KV a second that it writes, by machine."""
-    doubts: Mapping[tuple[RateKind, str], Doubt] = field(default_factory=dict)
+    doubts: Mapping[tuple[RateKind, str], Doubt] = {}
     """What may be doubted of these rates; the machine is that of `put`, or empty."""
 
     takes_documents: bool = False
@@ -154,6 +152,18 @@ class NodeKind(NamedTuple):
         return cls(*fits, node.lacks, node.adapters, node.takes_documents)
 
 
+def same_kind(one: NodeView, other: NodeView) -> bool:
+    """Whether filters see no difference between them: both have the same NodeKind."""
+    return (
+        one.doubtful is other.doubtful
+        and one.fingerprint == other.fingerprint
+        and one.max_context == other.max_context
+        and one.lacks == other.lacks
+        and one.adapters == other.adapters
+        and one.takes_documents is other.takes_documents
+    )
+
+
 class NodeViews(tuple[NodeView, ...]):
     """Nodes of which is known what kinds are among them and who has least to do: with a thousand nobody need look at
     each."""
@@ -178,16 +188,19 @@ class NodeViews(tuple[NodeView, ...]):
         return made
 
 
+def one_of_each_kv(nodes: Sequence[NodeView]) -> Iterable[NodeView]:
+    """A node for each kind of KV among them."""
+    if isinstance(nodes, NodeViews) and len(nodes.kinds) == 1:
+        return nodes[:1]
+    found: dict[bytes, NodeView] = {}
+    for node in nodes:
+        found.setdefault(node.fingerprint, node)
+    return found.values()
+
+
 def serves(node: NodeView | NodeKind, adapter: str) -> bool:
     """Whether it serves the adapter of this identity; empty: the model alone."""
     return not adapter or any(one.identity == adapter for one in node.adapters)
-
-
-def keep_kinds(nodes: Sequence[NodeView], wanted: Callable[[NodeView | NodeKind], bool]) -> Sequence[NodeView]:
-    """The nodes that are wanted; all of them at once if all their kinds are."""
-    if isinstance(nodes, NodeViews) and all(map(wanted, nodes.kinds)):
-        return nodes
-    return [node for node in nodes if wanted(node)]
 
 
 class LeftOut(msgspec.Struct, frozen=True):
@@ -198,8 +211,7 @@ class LeftOut(msgspec.Struct, frozen=True):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterView:
+class ClusterView(msgspec.Struct, frozen=True):
     """The usable nodes at one moment, in a stable order, and the nodes with an engine that cannot be used."""
 
     prefillers: tuple[NodeView, ...] = ()
@@ -207,8 +219,7 @@ class ClusterView:
     unusable: tuple[LeftOut, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RouteRequest:
+class RouteRequest(msgspec.Struct, frozen=True):
     """What a choice depends on. `hits[fingerprint]`: where the prompt's chunks are. `turn` counts requests: it breaks
     ties and is round robin's memory. `decoder`: already chosen, only a prefiller is wanted. `fingerprint`: of the KV of
     the answer that is to go on; empty: none has begun. `full`: those of `exclude` that only have no room. `session`:
@@ -219,7 +230,7 @@ class RouteRequest:
     min_prefill_tokens: int
     completion_tokens: int = 1
     turn: int = 0
-    hits: Mapping[bytes, PrefixHits] = field(default_factory=dict)
+    hits: Mapping[bytes, PrefixHits] = {}
     exclude: frozenset[str] = frozenset()
     decoder: str | None = None
     fingerprint: bytes = b""
@@ -234,7 +245,7 @@ class RouteRequest:
     """What both ways take decides between them; False: a decoder computes only when it is needed."""
     whole_prompt: bool = False
     """Its decoder computes all of it, whatever is cached: logprobs of its tokens are wanted, which KV does not have."""
-    documents: Mapping[bytes, DocumentHits] = field(default_factory=dict)
+    documents: Mapping[bytes, DocumentHits] = {}
     """As `hits`, of the kinds of KV of which nodes take documents; empty: the prompt has none that are reused."""
     compute_rate: float = 0.0
     """Of the fastest node that could compute the prompt for a decoder, …"""

@@ -44,8 +44,9 @@ async def test_the_pages_policy_routes_a_request(page: ModuleType) -> None:
     run = rig.dispatcher.open(RequestSpec("r", prompt, SamplingParams(max_tokens=4, temperature=0)))
     async with run:
         assert [token async for emit in run for token in emit.token_ids] == expected(prompt, 4)
-    assert run.record.route is not None and run.record.route.prefiller is not None
-    assert {tuple(item.scores) for item in run.record.route.candidates} == {("sequences",), ("prefill_tokens",)}
+    (record,) = rig.log.newest()
+    assert record.route is not None and record.route.prefiller is not None
+    assert {tuple(item.scores) for item in record.route.candidates} == {("sequences",), ("prefill_tokens",)}
     await rig.dispatcher.aclose()
 
 

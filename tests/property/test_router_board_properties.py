@@ -10,7 +10,11 @@ from kvcore.types import Role
 from router.nodes.board import NodeBoard, NodeTable
 from router.nodes.health import Breaker
 from router.nodes.known import KnownNode
-from router.routing.views import ClusterView, LeftOut, NodeKind, NodeViews
+from router.nodes.limits import NodeHealthLimits
+from router.nodes.trust import NodeTrust
+from router.nodes.work import NodeWork
+from router.routing.rates import NodeRates
+from router.routing.views import ClusterView, LeftOut, NodeKind, NodeView, NodeViews, ToldWork
 
 ROLES = (Role.PREFILLER, Role.DECODER, Role.DECODER, Role.STORE)
 drained: set[str] = set()
@@ -20,10 +24,16 @@ def reason(node: KnownNode, now: float) -> str | None:
     return node.reason(now) or ("drained" if node.id in drained else None)
 
 
+def seen_anew(node: KnownNode) -> NodeView:
+    before, node._seen = node._seen, None
+    view, node._seen = node.view(), before
+    return view
+
+
 def looked_at(nodes: NodeTable, now: float) -> ClusterView:
-    """Every one of them."""
+    """Every one of them, as if none had been seen before."""
     by_role = {role: [node for node in nodes.values() if node.role is role] for role in ROLES}
-    used = {role: [node.view() for node in by_role[role] if reason(node, now) is None] for role in by_role}
+    used = {role: [seen_anew(node) for node in by_role[role] if reason(node, now) is None] for role in by_role}
     left_out = [
         LeftOut(node.id, node.role, why)
         for node in nodes.values()
@@ -47,12 +57,27 @@ def report(node: KnownNode, number: int) -> None:
 
 
 def work(node: KnownNode, number: int) -> None:
-    node.sequences, node.prefill_tokens = number, 10 * number
+    NodeWork(node).count(number - node.sequences, 10 * number - node.prefill_tokens, float(number))
 
 
 def fail(node: KnownNode, number: int) -> None:
     node.breaker.failed(float(number))
-    node.prefill_tokens += 1
+    node.touch()
+
+
+def tell(node: KnownNode, number: int) -> None:
+    node.told_others(ToldWork(number, 10.0 * number, 0.0) if number else None)
+    node.reported_others(number // 2)
+
+
+def measure(node: KnownNode, number: int) -> None:
+    node.rates.prefilled(100 * number, 0.1, float(number))
+    node.rates.decoded(8, number, 0.1, float(number))
+    node.touch()
+
+
+def start_anew(node: KnownNode, number: int) -> None:
+    node.rates, node.trust = NodeRates(), NodeTrust(NodeHealthLimits())
 
 
 def renew(node: KnownNode, number: int) -> None:
@@ -67,7 +92,9 @@ def refuse(node: KnownNode, number: int) -> None:
     node.unfit = node.problem = "another model"
 
 
-CHANGES: list[Callable[[KnownNode, int], None]] = [report, report, work, fail, fail, renew, lose, refuse]
+CHANGES: list[Callable[[KnownNode, int], None]] = [
+    *(report, report, work, work, fail, fail, renew, lose, refuse, tell, measure, start_anew)
+]
 change = st.tuples(st.integers(0, 7), st.sampled_from(CHANGES), st.integers(0, 4))
 comes_or_goes = st.tuples(st.integers(0, 7), st.sampled_from(["new", "gone", "drain"]), st.just(0))
 

@@ -51,6 +51,21 @@ def test_logs_go_to_stderr_with_the_process_name(root_logger, capsys):
     assert " INFO prefill-0 kvnode ready port=8000\n" in err
 
 
+@pytest.mark.parametrize("labels", [(), ("tier",)])
+def test_a_tally_says_what_a_histogram_of_prometheus_clients_says(labels):
+    metric = Metric(MetricKind.HISTOGRAM, "kvferry_t_seconds", "T", tuple("way" for _ in labels), (0.001, 0.5, 2.0))
+    ours, theirs = Metrics(), Metrics()
+    tally, histogram = ours.tally(metric), theirs.histogram(metric)
+    for value in (0.0, 0.001, 0.002, 0.5, 1.0, 2.0, 3.0):
+        tally.row(*labels).observe(value)
+        (histogram.labels(*labels) if labels else histogram).observe(value)
+    lines = [
+        [line for line in one.render().decode().splitlines() if "kvferry_t_seconds" in line and "_created" not in line]
+        for one in (ours, theirs)
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 8
+
+
 def test_loggers_of_others_can_say_where_a_line_comes_from(root_logger):
     """As vLLM's formatter does in an engine's process: each of its lines was a traceback."""
     others, stream = logging.getLogger("others"), io.StringIO()

@@ -1,8 +1,7 @@
 """Whose turn is next, and when a first token can be expected: the pure parts of admission."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from kvcore.types import Role, Route
 from router.admission.fair_queue import FairQueue, Waiter

@@ -1,9 +1,7 @@
 """What the ways to a first token would take, and which one is taken; what is measured of nodes."""
 
-from dataclasses import replace
-
 import pytest
-from msgspec.structs import replace as replace_struct
+from msgspec.structs import replace
 from support.router_fakes import CHUNK_TOKENS, make_rig, spec
 
 from kvcore.chunk_keys import chunk_keys, root_key
@@ -169,9 +167,9 @@ def test_a_way_is_doubted_by_those_that_avoid_it_until_it_is_measured_or_tried()
     for _ in range(20):
         rates.spoke_against("far", "", tried_at=None)
     assert rates.far.doubt.avoided == 8 and rates.changes == changes + 8, "who is doubted enough changes no more"
-    rates.moved([replace_struct(read, transport="shm")], 2.0)
+    rates.moved([replace(read, transport="shm")], 2.0)
     rates.prefilled(100, 0.1, 3.0)
-    rates.wrote([replace_struct(read, direction="put")], "there", 4.0)
+    rates.wrote([replace(read, direction="put")], "there", 4.0)
     assert rates.far.doubt.avoided == 8, "by its own kind"
     rates.spoke_against("far", "", tried_at=5.0)
     assert rates.far.doubt == Doubt(5.0, 0)
@@ -203,7 +201,7 @@ def test_writes_are_told_by_the_machine_of_the_decoder_and_bounded():
     rates, put = NodeRates(), Moved(transport="tcp", direction="put", num_bytes=4000, seconds=2.0)
     rates.wrote([put], "there", 0.0)
     rates.wrote([put], "", 0.0)
-    rates.wrote([put, replace_struct(put, transport="shm")], "here", 0.0)
+    rates.wrote([put, replace(put, transport="shm")], "here", 0.0)
     assert {machine: rate.per_s for machine, rate in rates.puts.items()} == {"there": 2000}
     for number in range(100):
         rates.wrote([put], str(number), 0.0)
@@ -277,18 +275,18 @@ def test_what_was_given_up_counts_where_it_took_twice_as_long_as_was_expected_or
     rates = NodeRates()
     late = Moved(transport="tcp", direction="get", num_bytes=0, late_bytes=1000, seconds=5.0, machine="there")
     rates.moved([late], 0.0)
-    rates.wrote([replace_struct(late, direction="put")], "there", 0.0)
+    rates.wrote([replace(late, direction="put")], "there", 0.0)
     rates.gave_up(1000, 5.0, "elsewhere", 0.0)
     assert rates.far.per_s == rates.reads["there"].per_s == rates.puts["there"].per_s == rates.puts["elsewhere"].per_s
     assert rates.far.per_s == 200
     for second in range(1, 4):
-        rates.moved([replace_struct(late, num_bytes=1000, late_bytes=0, seconds=1.0)], float(second))
+        rates.moved([replace(late, num_bytes=1000, late_bytes=0, seconds=1.0)], float(second))
     assert rates.far.per_s == pytest.approx(1000)
-    rates.moved([replace_struct(late, seconds=1.9)], 4.0)
+    rates.moved([replace(late, seconds=1.9)], 4.0)
     assert rates.far.per_s == pytest.approx(1000), "it was behind others"
-    rates.moved([replace_struct(late, seconds=2.1)], 5.0)
+    rates.moved([replace(late, seconds=2.1)], 5.0)
     assert 700 < rates.far.per_s < 900
-    rates.moved([replace_struct(late, seconds=0.0)], 6.0)
+    rates.moved([replace(late, seconds=0.0)], 6.0)
     rates.gave_up(1000, -1.0, "elsewhere", 6.0)
     assert rates.puts["elsewhere"].per_s == 200, "it had no time"
 

@@ -7,6 +7,7 @@ from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.types import ChunkKey
 from router.routing.held import HeldPrefixes
 from router.routing.index import KeptKeys, PrefixHits, PrefixIndex
+from router.routing.views import NO_HITS
 
 PROMPT = list(range(10 * CHUNK_TOKENS + 1))
 
@@ -21,8 +22,7 @@ async def rig_with(chunks: int) -> tuple[Rig, KeptKeys]:
 
 
 def holders(rig: Rig, kept: KeptKeys) -> PrefixHits:
-    (found,) = rig.cluster.hits(rig.cluster.view(), PROMPT, b"", kept).values()
-    return found
+    return next(iter(rig.cluster.hits(rig.cluster.view(), PROMPT, b"", kept).values()), NO_HITS)
 
 
 async def test_a_node_holds_what_it_has_read_as_far_as_it_is_in_some_memory():

@@ -270,7 +270,8 @@ async def test_a_view_that_is_kept_is_the_one_that_would_be_made_anew(seed: int)
                 node.report = msgspec.structs.replace(fake.report())
         kept = rig.cluster.view()
         for node in rig.cluster.nodes.values():
-            node._viewed = None
+            node._seen = None
+            node.touch()
         assert rig.cluster.view() == kept
 
 

@@ -9,16 +9,19 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.router_fakes import FakeNode, FakeNodes, cluster_config, node_app, serve
+from support.router_fakes import FakeNode, FakeNodes, cluster_config, make_rig, node_app, serve
 from support.sim_loop import LoopClock, run_sim
 
 from kvcore.errors import NodeUnavailableError
 from kvcore.types import ChunkKey, Role
 from nodeapi.client import HttpNodeClient
 from nodeapi.messages import NodeReport
+from nodeapi.sampling import SamplingParams
 from router.nodes.cluster import Cluster
 from router.nodes.limits import NodeHealthLimits
 from router.nodes.prober import Prober
+from router.requests.records import RING, record_of
+from router.requests.spec import RequestSpec
 from router.routing.decision import Ranking
 from router.routing.index import PrefixIndex
 from router.routing.views import NodeView
@@ -129,6 +132,24 @@ def test_the_candidates_of_a_record_are_the_best_in_their_order(totals, limit, d
     ranking = Ranking(Role.DECODER, nodes, totals, (), (), (), chosen, nodes)
     best = [place for place in nsmallest(limit, range(len(totals)), key=totals.__getitem__) if place != chosen]
     assert [one.node for one in ranking.candidates(limit)] == [f"n{place}" for place in [chosen, *best][:limit]]
+
+
+@pytest.mark.parametrize("count", [2, 200])
+async def test_a_choice_is_explained_when_its_record_is_asked_for_and_among_many_nodes_at_once(count: int) -> None:
+    rig = await make_rig(FakeNodes([FakeNode(f"d{number}", Role.DECODER) for number in range(count)]))
+    decision = rig.dispatcher.route(RequestSpec("r", [1, 2, 3], SamplingParams(max_tokens=1)))
+    async with rig.dispatcher.open(RequestSpec("r", [1, 2, 3], SamplingParams(max_tokens=1)), decision) as run:
+        async for _ in run:
+            pass
+    assert run.record.route is not None and len(run.record.route.candidates) == (16 if count == 200 else 0)
+    assert rig.log.briefs()[0].route == msgspec.structs.replace(run.record.route, candidates=[], ways=[])
+    for record in (rig.log.find("r"), *rig.log.newest(), *rig.log.named("r")):
+        assert record is run.record and record.route is not None
+        assert record.route.candidates == decision.candidates() and len(record.route.candidates) == min(count, 16)
+        assert (record.route.left_out, record.route.ways) == (decision.left_out(), decision.best_ways())
+    for number in range(RING):
+        rig.log.open(record_of(RequestSpec(f"later-{number}", [1], SamplingParams(max_tokens=1)), decision), decision)
+    assert rig.log.find("r") is None and len(rig.log._unexplained) <= RING
 
 
 @pytest.mark.parametrize("count", [3000])

@@ -67,6 +67,7 @@ async def test_new_requests_go_to_the_prefiller_until_a_decoder_is_back() -> Non
     await rig.prober.probe()
     records = [await answer(open_run(rig, f"r{number}")) for number in range(4)]
     assert {node for record in records for node, _ in decoded_by(record)} == {"p0", "p1"}, "they share the work"
+    assert rig.log.newest() == records[::-1]
     for record in records:
         assert record.route is not None and (record.route.prefiller, record.route.reason) == (None, "in_need")
         assert {item.node for item in record.route.candidates} == {"p0", "p1"}

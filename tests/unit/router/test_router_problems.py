@@ -11,7 +11,7 @@ from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
 from nodeapi.sampling import SamplingParams
 from router.nodes.limits import NodeHealthLimits
-from router.requests.records import RouteRecord
+from router.requests.records import RouteRecord, route_record
 from router.requests.spec import RequestSpec
 
 FP8: dict[str, Any] = {"declared": (("block-size", "32"), ("kv-cache-dtype", "fp8_e4m3"))}
@@ -26,10 +26,10 @@ async def problems(rig: Rig) -> list[str]:
 
 
 def route(rig: Rig) -> RouteRecord:
-    run = rig.dispatcher.open(RequestSpec("r", list(range(100)), SamplingParams(max_tokens=4)))
-    run.drop()
-    assert run.record.route is not None
-    return run.record.route
+    decision = rig.dispatcher.route(RequestSpec("r", list(range(100)), SamplingParams(max_tokens=4)))
+    found = route_record(decision)
+    found.explain(decision)
+    return found
 
 
 async def test_nodes_that_agree_are_no_problem() -> None:

@@ -1,8 +1,7 @@
 """What tiers have of a prompt, and what that does to its ways."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 from support.router_fakes import CHUNK_TOKENS, make_rig, spec
 
 from kvcore.config.tiers import DiskTierConfig, RedisTierConfig, TiersConfig
