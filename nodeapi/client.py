@@ -80,6 +80,8 @@ class HttpNodeClient:
             trust=trust,
         )
         self._encoder = msgspec.msgpack.Encoder()
+        self._prompt: tuple[Sequence[int], msgspec.Raw] = (), msgspec.Raw()
+        """The last one that was sent, and its bytes: a request's legs follow on each other."""
         self._reports: dict[str, tuple[bytes, NodeReport | None]] = {}
         """By URL, the last one and its bytes: read anew only where it says something else."""
 
@@ -88,13 +90,14 @@ class HttpNodeClient:
 
     async def prefill(self, url: str, request: PrefillRequest, *, timeout_s: float) -> PrefillResult:
         """See NodeClient."""
-        return await self._ask(f"{url}/v1/prefill", request, PrefillResult, timeout_s)
+        url = f"{url}/v1/prefill"
+        return _decode(await self._calls.fetch("POST", url, self._body(request), timeout_s), PrefillResult, url)
 
     async def generate(
         self, url: str, request: GenerateRequest, reader: DeltaReader, *, first_s: float, gap_s: float
     ) -> None:
         """See NodeClient."""
-        body = self._encoder.encode(request)
+        body = self._body(request)
         with await self._calls.open("POST", f"{url}/v1/generate", body, first_s) as answer:
             until = answer.until(first_s)
             deltas = _Deltas(url, answer, reader, request.sampling.n, until=until, gap_s=gap_s)
@@ -151,6 +154,13 @@ class HttpNodeClient:
     async def aclose(self) -> None:
         """See NodeClient."""
         await self._calls.aclose()
+
+    def _body(self, request: PrefillRequest | GenerateRequest) -> bytes:
+        prompt, encoded = self._prompt
+        if request.prompt_token_ids is not prompt:
+            encoded = msgspec.Raw(self._encoder.encode(request.prompt_token_ids))
+            self._prompt = request.prompt_token_ids, encoded
+        return self._encoder.encode(msgspec.structs.replace(request, prompt_token_ids=encoded))
 
     async def _ask(self, url: str, request: msgspec.Struct, kind: type[_Reply], timeout_s: float) -> _Reply:
         return _decode(await self._calls.fetch("POST", url, self._encoder.encode(request), timeout_s), kind, url)

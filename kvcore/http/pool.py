@@ -8,10 +8,10 @@ import ssl
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
 from urllib.parse import quote
 
 import aiohappyeyeballs
+import msgspec
 
 from kvcore.clock import SystemClock
 from kvcore.http.connection import HttpConnection
@@ -24,7 +24,7 @@ from kvcore.trust.opening import OPEN, ClusterTrust
 _IDEMPOTENT = frozenset({"GET", "PUT", "DELETE"})
 
 
-class _Request(NamedTuple):
+class _Request(msgspec.Struct, frozen=True):
     """`target`: path and query. `lines`: headers that it has whatever happens."""
 
     method: str
@@ -122,14 +122,12 @@ class HttpPool:
     # --- one request ---
 
     def _send(self, connection: HttpConnection, origin: Origin, request: _Request) -> Proof | None:
-        method, target, body, lines = request
-        proof = None
+        method, target, body, proof = request.method, request.target, request.body, None
+        head = f"{method} {target} HTTP/1.1\r\nHost: {origin.authority}\r\n{request.lines}"
         if self._prover is not None:
             proof = self._prover.prove(method, origin.authority, target, body)
-            lines += proof.lines
-        if body or method != "GET":
-            lines += f"Content-Length: {len(body)}\r\n"
-        head = f"{method} {target} HTTP/1.1\r\nHost: {origin.authority}\r\n{lines}\r\n"
+            head += proof.lines
+        head += f"Content-Length: {len(body)}\r\n\r\n" if body or method != "GET" else "\r\n"
         connection.begin(head.encode("latin-1"), body)
         return proof
 

@@ -7,7 +7,8 @@ whomever, is busy, not stalled. Where a leg goes is its request's matter (`route
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from kvcore.config.schema import RouterConfig
 from kvcore.errors import NodeStalledError
@@ -18,8 +19,7 @@ from router.nodes.limits import NodeHealthLimits
 _log = logging.getLogger("router")
 
 
-@dataclass(slots=True, eq=False)
-class WatchedLeg:
+class WatchedLeg(msgspec.Struct, eq=False):
     """One leg under way. `computes`: prompt tokens before its first token, or before its answer. `patience`: its limits
     are so many times the usual, after stalls of the request's legs of this kind. `waits`: whether it rightly waits for
     another node. `move(error)`: give it up, if some other node can take it over."""

@@ -1,18 +1,18 @@
 """The n answers of one request: their tokens so far, and how each ends. State and what follows from it alone."""
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from nodeapi.messages import FinishReason, TokenDelta
 from nodeapi.prompt_logprobs import PromptLogprobs
 from router.requests.events import Emit
 
 
-@dataclass(slots=True)
-class Completion:
+class Completion(msgspec.Struct):
     """One of the n answers. `tries`: legs begun since it last got anywhere."""
 
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = []
     finished: FinishReason | None = None
     tries: int = 0
 
@@ -20,8 +20,8 @@ class Completion:
 class PromptScores:
     """How far the logprobs of the prompt's tokens have come, which every leg that begins anew tells from the start."""
 
-    def __init__(self, prompt: Sequence[int] = (), top: int | None = None) -> None:
-        """`top`: so many others each; None: none are wanted."""
+    def __init__(self, prompt: Sequence[int], top: int) -> None:
+        """`top`: so many others each."""
         self._prompt = prompt
         self._top = top
         self._next = 1
@@ -29,12 +29,10 @@ class PromptScores:
     @property
     def complete(self) -> bool:
         """Whether nothing more is to come."""
-        return self._top is None or self._next >= len(self._prompt)
+        return self._next >= len(self._prompt)
 
     def violation(self, piece: PromptLogprobs) -> str | None:
         """What is wrong with a piece; None: nothing."""
-        if self._top is None:
-            return "logprobs of the prompt that nobody asked for"
         if piece.start > self._next:
             return "not all logprobs of the prompt"
         return piece.problem(self._prompt, self._top)
@@ -47,7 +45,7 @@ class PromptScores:
 
 
 class Completions:
-    """All of them, by index."""
+    """All of them, by index. `scores`: of the prompt; None: none are wanted."""
 
     def __init__(
         self,
@@ -57,7 +55,7 @@ class Completions:
         end_token_ids: frozenset[int],
         *,
         logprobs: bool,
-        scores: PromptScores,
+        scores: PromptScores | None,
     ) -> None:
         self._all = [Completion() for _ in range(n)]
         self._max_tokens = max_tokens
@@ -77,16 +75,19 @@ class Completions:
     @property
     def num_tokens(self) -> int:
         """Emitted, over all."""
-        return sum(len(completion.tokens) for completion in self._all)
+        return sum([len(completion.tokens) for completion in self._all])
 
     def protocol_violation(self, delta: TokenDelta, index: int, expected: Container[int]) -> str | None:
         """What is wrong with a delta for completion `index`, of a leg with these `expected`; None: nothing."""
         if delta.index not in expected:
             return f"a delta for index {delta.index}, which is not running"
-        if not self._scores.complete and (delta.token_ids or delta.finish_reason not in (None, FinishReason.ABORT)):
-            return "tokens before all logprobs of the prompt"
-        if delta.prompt_logprobs is not None and (wrong := self._scores.violation(delta.prompt_logprobs)) is not None:
-            return wrong
+        if (scores := self._scores) is not None:
+            if not scores.complete and (delta.token_ids or delta.finish_reason not in (None, FinishReason.ABORT)):
+                return "tokens before all logprobs of the prompt"
+            if delta.prompt_logprobs is not None and (wrong := scores.violation(delta.prompt_logprobs)) is not None:
+                return wrong
+        elif delta.prompt_logprobs is not None:
+            return "logprobs of the prompt that nobody asked for"
         completion = self._all[index]
         if completion.finished is None and len(delta.token_ids) > self._max_tokens - len(completion.tokens):
             return "more than max_tokens tokens"
@@ -94,23 +95,23 @@ class Completions:
             return "not one logprob a token"
         return None
 
-    def append(self, index: int, delta: TokenDelta, reason: FinishReason | None) -> list[Emit]:
+    def append(self, index: int, delta: TokenDelta, reason: FinishReason | None) -> Emit | None:
         """Add its tokens, and its end if `reason`. Nothing to emit where it has ended already, or the delta is empty,
         or has logprobs of the prompt that came before.
 
         Tokens set `tries` back: a long answer on a bad network goes on as long as it gets anywhere.
         """
-        if delta.prompt_logprobs is not None:
+        if delta.prompt_logprobs is not None and self._scores is not None:
             new = self._scores.take(delta.prompt_logprobs)
-            return [] if new is None else [Emit(index, (), prompt_logprobs=new)]
+            return None if new is None else Emit(index, (), prompt_logprobs=new)
         completion = self._all[index]
         if completion.finished is not None or not (delta.token_ids or reason):
-            return []
+            return None
         completion.tokens += delta.token_ids
         completion.tries = 1
         if reason is not None:
             self.finish(index, reason)
-        return [Emit(index, delta.token_ids, delta.logprobs, reason, delta.stop_token_id)]
+        return Emit(index, delta.token_ids, delta.logprobs, reason, delta.stop_token_id)
 
     def finish_if_complete(self, index: int) -> list[Emit]:
         """End a completion whose leg died between its last token and its finish reason."""

@@ -3,9 +3,10 @@
 State and what follows from it alone; `router.requests.ledger` decides when one starts and what its failure means.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Iterable
+from typing import Protocol
+
+import msgspec
 
 from nodeapi.messages import LegInfo
 from router.requests.completions import Completions
@@ -13,8 +14,7 @@ from router.requests.events import CancelLeg, KVSource, StartDecode
 from router.requests.states import LEG_TRANSITIONS, LegState
 
 
-@dataclass(slots=True)
-class DecodeLeg:
+class DecodeLeg(msgspec.Struct):
     """A decode leg under way. `index` None: it serves all completions; else that one, as its index 0. `open`: those
     that it has not ended yet. `source`: the prefill leg whose KV it fetches itself. `fingerprint`: of its engine, as
     its node last reported or, once it has spoken, as it says itself."""
@@ -26,7 +26,7 @@ class DecodeLeg:
     source: KVSource | None
     state: LegState
     fingerprint: bytes
-    followers: set[int] = field(default_factory=set)
+    followers: set[int] = set()
     """Indices whose legs start once this one has spoken."""
 
     @property
@@ -62,26 +62,32 @@ class LegNames:
 
     def __init__(self, request_id: str) -> None:
         self._request_id = request_id
-        self._numbers = count(1)
+        self._last = 0
 
     def prefill(self) -> str:
         """Of its next prefill leg."""
-        return f"{self._request_id}.p{next(self._numbers)}"
+        self._last += 1
+        return f"{self._request_id}.p{self._last}"
 
     def decode(self) -> str:
         """Of its next decode leg."""
-        return f"{self._request_id}.d{next(self._numbers)}"
+        self._last += 1
+        return f"{self._request_id}.d{self._last}"
+
+
+class _Fingerprints(Protocol):
+    def fingerprint(self, node: str) -> bytes:
+        """Of a node's engine, as last reported."""
+        ...
 
 
 class DecodeLegs:
-    """All of one request. `next_leg`: a new id. `fingerprint_of`: of a node's engine, as last reported."""
+    """All of one request."""
 
-    def __init__(
-        self, completions: Completions, next_leg: Callable[[], str], fingerprint_of: Callable[[str], bytes]
-    ) -> None:
+    def __init__(self, completions: Completions, names: LegNames, fingerprints: _Fingerprints) -> None:
         self._completions = completions
-        self._next_leg = next_leg
-        self._fingerprint_of = fingerprint_of
+        self._names = names
+        self._fingerprints = fingerprints
         self.running: dict[str, DecodeLeg] = {}
         """By leg id."""
 
@@ -149,6 +155,7 @@ class DecodeLegs:
             self._completions[each].tries += 1
         waits = handoff or source is not None
         state = LegState.AWAITING_KV if waits else LegState.COMPUTING
-        leg = DecodeLeg(self._next_leg(), node, index, set(indices), source, state, self._fingerprint_of(node))
+        fingerprint = self._fingerprints.fingerprint(node)
+        leg = DecodeLeg(self._names.decode(), node, index, set(indices), source, state, fingerprint)
         self.running[leg.id] = leg
         return StartDecode(leg.id, node, handoff, index, tuple(self._completions[index or 0].tokens), source)

@@ -20,8 +20,11 @@ cache; a leg that is tried again computes by itself. Which states there are, and
 Invariants: a request ends once; after that no leg runs; every token was emitted once, in order.
 """
 
+from collections.abc import Sequence
+
 from kvcore.errors import (
     CancelledByPeerError,
+    DeadlineExceededError,
     EngineError,
     KVFerryError,
     NodeStalledError,
@@ -45,6 +48,7 @@ from router.requests.events import (
     Finish,
     KVSource,
     LegStalled,
+    OtherEvent,
     PrefillDone,
     PrefillFailed,
     RequestEvent,
@@ -81,17 +85,16 @@ class RequestMachine:
         self._limits = limits
         self._id = request_id
         self._attempts = attempts
-        told = scores or PromptScores()
-        self.completions = Completions(n, max_tokens, min_tokens, end_token_ids, logprobs=logprobs, scores=told)
+        self.completions = Completions(n, max_tokens, min_tokens, end_token_ids, logprobs=logprobs, scores=scores)
         names = LegNames(request_id)
-        self._decodes = DecodeLegs(self.completions, names.decode, picker.fingerprint)
+        self._decodes = DecodeLegs(self.completions, names, picker)
         self.retries: list[tuple[str, str]] = []
         """(`prefill` or `decode`, code of the failure) of each leg that was tried again."""
         self.prefill = PrefillHalf(
             self.completions,
             self._decodes,
             picker,
-            names.prefill,
+            names,
             self.retries,
             attempts=attempts,
             num_chunks=num_chunks,
@@ -99,7 +102,7 @@ class RequestMachine:
             limits=limits,
         )
         self._placement = DecoderPlacement(picker, limits)
-        self.last_error: KVFerryError = NodeUnavailableError("no node can decode")
+        self._last_error: KVFerryError | None = None
         self.decode_info: LegInfo | None = None
         self.state = RequestState.NEW
         self.ended = False
@@ -123,12 +126,19 @@ class RequestMachine:
         return self.completions.num_tokens
 
     @property
+    def last_error(self) -> KVFerryError:
+        """How it lost its last decode leg."""
+        return self._last_error or NodeUnavailableError("no node can decode")
+
+    @property
     def complete(self) -> bool:
         """Whether every index has ended."""
         return not self.completions.unfinished
 
     def stalls(self, kind: str = "") -> int:
         """Legs that were given up as their nodes were silent; of this kind only, if given."""
+        if not self.retries:
+            return 0
         return sum(code == NodeStalledError.code and of.startswith(kind) for of, code in self.retries)
 
     def runs(self, leg: str) -> bool:
@@ -143,9 +153,7 @@ class RequestMachine:
     def start(self, route: Route) -> list[Action]:
         """The first actions. Called once."""
         assert self.state is RequestState.NEW, "a request starts once"
-        actions: list[Action] = []
-        if route.prefiller is not None:
-            actions += self.prefill.start(route.prefiller, route.decoder)
+        actions = self.prefill.start(route.prefiller, route.decoder) if route.prefiller is not None else []
         if self.prefill.awaited_by is None:
             actions += self._start_decodes(route.decoder, self.completions.unfinished, self.prefill.source)
         self._set_state(route)
@@ -155,10 +163,13 @@ class RequestMachine:
         """The actions that follow. Those of legs that have ended are ignored; after the end all but StopHit."""
         if self.ended and type(event) is not StopHit:
             return []
-        actions = self._actions_of(event)
-        only = actions[0] if len(actions) == 1 else None
-        if type(event) is DeltaReceived and (not actions or (type(only) is Emit and only.finish_reason is None)):
-            return actions  # a delta that only adds tokens changes no state
+        if isinstance(event, DeltaReceived):
+            actions = self._delta_received(event)
+            only = actions[0] if len(actions) == 1 else None
+            if not actions or (type(only) is Emit and only.finish_reason is None):
+                return actions  # a delta that only adds tokens changes no state
+        else:
+            actions = self._actions_of(event)
         self._set_state(event)
         return actions
 
@@ -177,10 +188,8 @@ class RequestMachine:
         assert self.completions.unfinished <= unplaced | served, "an unfinished index is served or unplaced"
         self.completions.check_invariants()
 
-    def _actions_of(self, event: RequestEvent) -> list[Action]:
+    def _actions_of(self, event: OtherEvent) -> list[Action]:
         match event:
-            case DeltaReceived():
-                return self._delta_received(event)
             case PrefillDone() | PrefillFailed():
                 return self._prefill_ended(event)
             case DecodeFailed():
@@ -196,11 +205,13 @@ class RequestMachine:
                 return self._end(Fail(CancelledByPeerError("the client closed the connection")))
             case DeadlinePassed():
                 late = bool(self.completions.unfinished)  # else only the prefill's reply was still waited for
-                return self._end(Fail(event.why) if late else Finish())
+                why = event.why or DeadlineExceededError("the request's time ran out")
+                return self._end(Fail(why) if late else Finish())
 
     def _set_state(self, event: RequestEvent | Route) -> None:
         before, self.state = self.state, self._state_of_now()
-        check_transition(before, event, self.state)
+        if self.state is not before:
+            check_transition(before, event, self.state)
 
     def _state_of_now(self) -> RequestState:
         if self.ended:
@@ -221,8 +232,8 @@ class RequestMachine:
 
     # --- decode ---
 
-    def _start_decodes(self, node: str, indices: set[int], source: KVSource | None = None) -> list[Action]:
-        return list(self._decodes.start(node, indices, source=source, handoff=self.prefill.saves))
+    def _start_decodes(self, node: str, indices: set[int], source: KVSource | None = None) -> Sequence[Action]:
+        return self._decodes.start(node, indices, source=source, handoff=self.prefill.saves)
 
     def _delta_received(self, event: DeltaReceived) -> list[Action]:
         """Five cases:
@@ -243,12 +254,14 @@ class RequestMachine:
         if (violation := self.completions.protocol_violation(delta, index, expected)) is not None:
             return self._cancel_failed(leg, EngineError(f"node {leg.node} broke the protocol: {violation}"))
         leg.speak(delta.info)
-        if (changed := self._placement.model_changed(leg, delta)) is not None:
+        if leg.fingerprint and (changed := self._placement.model_changed(leg, delta)) is not None:
             return self._cancel_failed(leg, changed)
         gave_up = delta.finish_reason is FinishReason.ABORT
         reason = None if gave_up else delta.finish_reason
-        self.decode_info = self.decode_info or delta.info
-        actions: list[Action] = list(self.completions.append(index, delta, reason))
+        if delta.info is not None:
+            self.decode_info = self.decode_info or delta.info
+        emit = self.completions.append(index, delta, reason)
+        actions: list[Action] = [] if emit is None else [emit]
         if gave_up:
             return actions + self._cancel_failed(leg, NodeUnavailableError(f"node {leg.node} gave the request up"))
         if leg.followers:
@@ -283,7 +296,7 @@ class RequestMachine:
         4. Else they are placed anew. A prefill leg whose KV only this leg would have fetched is cancelled.
         """
         fetching = leg.fetches
-        self.last_error = error = self._placement.failed(leg, error)
+        self._last_error = error = self._placement.failed(leg, error)
         self._decodes.remove(leg)
         actions: list[Action] = []
         for index in sorted(leg.indices):
@@ -308,7 +321,7 @@ class RequestMachine:
         if any(self.completions[index].tries >= self._attempts for index in indices):
             return self._end(Fail(self.last_error))
         if (node := self._placement.decoder()) is not None:
-            return self._start_decodes(node, indices)
+            return [*self._start_decodes(node, indices)]
         shed = isinstance(self.last_error, OverloadedError) and not self.completion_tokens
         if shed or self._placement.out_of_patience:
             return self._end(Fail(self._placement.why_none(self.last_error)))

@@ -6,7 +6,8 @@ Owns the calls of a leg, its record and what it does to its node's load and brea
 import asyncio
 import math
 from collections.abc import Coroutine
-from dataclasses import dataclass
+
+import msgspec
 
 from kvcore.chunk_keys import usable_chunks
 from kvcore.errors import DeadlineExceededError, EngineError, KVFerryError, NodeUnavailableError
@@ -36,8 +37,7 @@ from router.requests.spec import RequestSpec
 _NOTHING_TOLD = ToldDocuments()
 
 
-@dataclass(slots=True, eq=False)
-class _Leg:
+class _Leg(msgspec.Struct, eq=False):
     """One that is under way. `watched`: None: its node is not known any more."""
 
     record: LegRecord

@@ -57,10 +57,11 @@ class DecoderPlacement:
         return self._picker.decoder(avoided, self._fingerprint, frozenset(self._full)) is not None
 
     def model_changed(self, leg: DecodeLeg, delta: TokenDelta) -> ModelChangedError | None:
-        """Why this delta cannot be part of the answer; None: it can be, and from its first token on no other model."""
-        if leg.fingerprint and delta.token_ids:
-            self._fingerprint = self._fingerprint or leg.fingerprint
-        if leg.fingerprint in (b"", self._fingerprint) or not self._fingerprint:
+        """Why this delta, of a leg whose fingerprint is known, cannot be part of the answer; None: it can be, and from
+        its first token on no other model."""
+        if delta.token_ids and not self._fingerprint:
+            self._fingerprint = leg.fingerprint
+        if leg.fingerprint == self._fingerprint or not self._fingerprint:
             return None
         return ModelChangedError(f"node {leg.node} has other weights or settings than the answer began with")
 

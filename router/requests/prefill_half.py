@@ -3,15 +3,15 @@
 Pure, as the ledger is. Decode legs are started here only where they wait for a prefill leg; the ledger does the rest.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from kvcore.errors import KVFerryError
 from kvcore.handoff import HandoffTraits
 from nodeapi.messages import PrefillResult
 from router.requests.completions import Completions
-from router.requests.decode_legs import DecodeLegs
+from router.requests.decode_legs import DecodeLegs, LegNames
 from router.requests.events import Action, CancelLeg, EndHandoff, KVSource, RequestTimer, StartPrefill, StartTimer
 from router.requests.limits import RequestLimits
 
@@ -33,8 +33,7 @@ class Picker(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillLeg:
+class PrefillLeg(msgspec.Struct, frozen=True):
     """The prefill leg under way. `decoder`: whom it was started for."""
 
     id: str
@@ -50,7 +49,7 @@ class PrefillHalf:
         completions: Completions,
         decodes: DecodeLegs,
         picker: Picker,
-        next_leg: Callable[[], str],
+        names: LegNames,
         retries: list[tuple[str, str]],
         *,
         attempts: int,
@@ -61,7 +60,7 @@ class PrefillHalf:
         self._completions = completions
         self._decodes = decodes
         self._picker = picker
-        self._next_leg = next_leg
+        self._names = names
         self._retries = retries
         self._attempts = attempts
         self._num_chunks = num_chunks
@@ -180,7 +179,7 @@ class PrefillHalf:
 
     def _start(self, node: str, decoder: str) -> list[Action]:
         self._tries += 1
-        self.running = leg = PrefillLeg(self._next_leg(), node, decoder)
+        self.running = leg = PrefillLeg(self._names.prefill(), node, decoder)
         return [StartPrefill(leg.id, node, decoder)]
 
     def _retry(self, error: KVFerryError) -> list[Action]:

@@ -44,6 +44,7 @@ from router.requests.spec import RequestSpec
 from router.routing.decision import Decision
 
 _log = logging.getLogger("router")
+_DEADLINE, _GONE = DeadlinePassed(), ClientGone()
 
 
 class RequestRun:
@@ -105,10 +106,12 @@ class RequestRun:
             num_chunks=self._legs.num_chunks(route.decoder, route.prefiller),
             end_token_ids=ends,
             logprobs=sampling.logprobs is not None,
-            scores=PromptScores(spec.prompt_token_ids, sampling.prompt_logprobs),
+            scores=None if (top := sampling.prompt_logprobs) is None else PromptScores(spec.prompt_token_ids, top),
             handoff=services.handoff,
             limits=services.limits,
         )
+        self._loop: asyncio.AbstractEventLoop
+        """It is entered on."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._telling: str | None = None
@@ -145,10 +148,10 @@ class RequestRun:
         self._opened.remove(self)
         self._services.log.open(self.record, self._decision)
         self._running.add(self)
-        loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         spent_s = self._services.clock.now() - self.started_at
         timeout_s = max(0.0, self._services.config.request_timeout_s - spent_s)
-        self._timers["deadline"] = loop.call_later(timeout_s, self.tell, DeadlinePassed())
+        self._timers["deadline"] = self._loop.call_later(timeout_s, self.tell, _DEADLINE)
         self._carry_out(self.machine.start(self._route))
         return self
 
@@ -156,7 +159,8 @@ class RequestRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.outputs.take = None  # its reader holds this request
-        self.tell(ClientGone())
+        if not self.machine.ended:
+            self.tell(_GONE)
         self._close_record()
         self._running.discard(self)
         if isinstance(self.outputs.end, Finish):
@@ -224,16 +228,15 @@ class RequestRun:
 
     def take(self, leg: str, delta: TokenDelta) -> bool:
         """See LegListener."""
+        machine = self.machine
         self._telling = leg
-        self._execute(self.machine.handle(DeltaReceived(leg, delta)))
+        self._execute(machine.handle(DeltaReceived(leg, delta)))
         self._telling = None
-        failed = delta.finish_reason is None and not self.machine.runs(
-            leg
-        )  # it broke the protocol, or is of another model
+        failed = delta.finish_reason is None and not machine.runs(leg)  # it broke the protocol, or is of another model
         self.outputs.deliver()  # by which a stop string may be found
         if failed:
-            raise self.machine.last_error
-        return self.machine.runs(leg)
+            raise machine.last_error
+        return machine.runs(leg)
 
     def stalled(self, leg: LegRecord, error: KVFerryError) -> None:
         """See LegListener."""
@@ -266,15 +269,14 @@ class RequestRun:
     def _start_timer(self, action: StartTimer) -> None:
         if (running := self._timers.get(action.timer)) is not None:
             running.cancel()
-        loop = asyncio.get_running_loop()
-        self._timers[action.timer] = loop.call_later(action.after_s, self._timer_fired, action.timer)
+        self._timers[action.timer] = self._loop.call_later(action.after_s, self._timer_fired, action.timer)
 
     def _timer_fired(self, timer: RequestTimer) -> None:
         self.tell(TimerFired(timer))
 
     def _spawn(self, action: StartPrefill | StartDecode) -> None:
         leg = action.leg
-        self._tasks[leg] = task = asyncio.create_task(self._legs.start(action))
+        self._tasks[leg] = task = self._loop.create_task(self._legs.start(action))
         task.add_done_callback(lambda done: self._leg_task_ended(leg, done))
 
     def _leg_task_ended(self, leg: str, task: asyncio.Task[None]) -> None:

@@ -8,9 +8,10 @@ import httpx
 import pytest
 from support.router_fakes import Rig, expected, make_rig, prompt_rows, two_and_two
 
+from nodeapi.messages import TokenDelta
 from nodeapi.prompt_logprobs import PromptLogprobs, PromptRow
 from router.api.limits import ApiLimits
-from router.requests.completions import PromptScores
+from router.requests.completions import Completions, PromptScores
 from router.requests.limits import RequestLimits
 
 PROMPT = "hello, wörld"
@@ -241,4 +242,5 @@ def test_pieces_that_overlap_give_each_token_once() -> None:
 def test_a_piece_that_is_not_the_next_one_of_this_prompt_is_a_broken_protocol(wrong: PromptLogprobs, says: str) -> None:
     violation = PromptScores(IDS, 1).violation(wrong)
     assert violation is not None and says in violation
-    assert PromptScores(IDS, None).violation(piece(1, 4)) is not None
+    nobody_asked = Completions(1, 4, 0, frozenset(), logprobs=False, scores=None)
+    assert nobody_asked.protocol_violation(TokenDelta(prompt_logprobs=piece(1, 4)), 0, {0}) is not None

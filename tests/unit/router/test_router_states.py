@@ -8,6 +8,7 @@ from support.router_fakes import make_rig
 
 from kvcore.errors import EngineError
 from kvcore.types import Route
+from nodeapi.messages import PrefillResult
 from nodeapi.sampling import SamplingParams
 from router.requests import states
 from router.requests.events import ClientGone, DecodeFailed, PrefillDone
@@ -33,7 +34,10 @@ def test_the_leg_table_is_what_its_prose_says() -> None:
 def test_what_the_table_does_not_know_is_a_bug() -> None:
     check_transition(RequestState.DECODING, ClientGone(), RequestState.ENDED)
     with pytest.raises(AssertionError, match="decoding by PrefillDone to settling"):
-        check_transition(RequestState.DECODING, PrefillDone.__new__(PrefillDone), RequestState.SETTLING)
+        done = PrefillDone(
+            "r.p1", PrefillResult(request_id="r.p1", cached_tokens=0, computed_tokens=0, stored_chunks=0)
+        )
+        check_transition(RequestState.DECODING, done, RequestState.SETTLING)
 
 
 async def test_a_machine_says_what_it_is() -> None:
