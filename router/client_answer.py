@@ -123,9 +123,10 @@ class ClientAnswer:
         """Of the (first) prompt: all but the room for tokens is the same of every other, `n` too."""
         self.num_choices = self.sampling.n * len(request.specs)
         """Over all prompts; so with `prompt_tokens`."""
-        self.prompt_tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)
+        self.prompt_tokens = sum([len(spec.prompt_token_ids) for spec in request.specs])
         self.completion_tokens = 0
         """Over all choices: of the pieces given out so far, those that end a choice unseen included."""
+        self._names_documents = bool([spec for spec in request.specs if spec.documents is not None])
         self._reasoning: list[ReasoningTokens] = []
 
     def __repr__(self) -> str:
@@ -162,7 +163,7 @@ class ClientAnswer:
     @property
     def cached_tokens(self) -> int:
         """Over all prompts; final once `pieces` has ended."""
-        return sum(run.machine.cached_tokens for run in self._runs)
+        return sum([run.machine.cached_tokens for run in self._runs])
 
     @property
     def reasoning_tokens(self) -> int | None:
@@ -174,7 +175,7 @@ class ClientAnswer:
     def approximate_tokens(self) -> int | None:
         """Over all prompts, as far as it is known, which it is with the first piece of each. None: none names
         documents."""
-        if all(spec.documents is None for spec in self._specs):
+        if not self._names_documents:
             return None
         return sum(run.approximate_tokens for run in self._runs)
 
@@ -308,30 +309,36 @@ class ClientAnswer:
     def _piece(self, first: int, choice: TextChoice, emit: Emit) -> tuple[TextPiece, bool]:
         """(what this output adds to its choice, whether the router ends that: it has a stop string, repeats itself or
         calls too much). Where the engine has ended it with the same token, that is what is said."""
-        before = choice.num_tokens
+        before, count = choice.num_tokens, len(emit.token_ids)
         is_text = emit.stop_token_id is None or self._text.include_stop
-        visible = emit.token_ids if is_text else emit.token_ids[:-1]
-        text, stop_found = choice.read(visible)
+        text, stop_found = choice.read(emit.token_ids if is_text else emit.token_ids[:-1])
         over = choice.over
-        if emit.finish_reason is not None and choice.num_tokens - before == len(emit.token_ids):
+        if emit.finish_reason is None and not (stop_found or over):
+            choice.num_tokens = before + count
+            return self._piece_of(first, emit, text, count), False
+        if emit.finish_reason is not None and choice.num_tokens - before == count:
             over = ""
-        if (emit.finish_reason is not None or over) and not stop_found:
+        if not stop_found:
             text += choice.stops.flush()  # a character that is not whole is no text, as with vLLM
         if not (stop_found or over):
-            choice.num_tokens = before + len(emit.token_ids)  # a stop token is counted though not read
-        count = choice.num_tokens - before
-        self.completion_tokens += count
-        logprobs = list(zip(emit.token_ids[:count], emit.logprobs, strict=False)) if emit.logprobs else []
+            choice.num_tokens = before + count  # a stop token is counted though not read
         reason = FinishReason.STOP.value if stop_found else emit.finish_reason.value if emit.finish_reason else None
-        ids = emit.token_ids[:count] if self.shown.token_ids else ()
         said = choice.stops.found if stop_found else emit.stop_token_id
         if not stop_found and said not in choice.stop_token_ids:
             said = None
-        if self.shown.scoring.prompt_alone:
-            text, logprobs = "", []
         if over and not stop_found:
             reason, said = over, "repetition_detected" if over == "repetition" else None  # as vLLM says it
         if reason is not None and choice.reasoning is not None:
             choice.reasoning.end()
-        piece = TextPiece(first + emit.index, text, logprobs, reason, ids, said)
-        return piece, stop_found or bool(over)
+        return self._piece_of(first, emit, text, choice.num_tokens - before, (reason, said)), stop_found or bool(over)
+
+    def _piece_of(
+        self, first: int, emit: Emit, text: str, count: int, end: tuple[str | None, str | int | None] = (None, None)
+    ) -> TextPiece:
+        """Of `count` tokens of this output. They are counted."""
+        self.completion_tokens += count
+        logprobs = list(zip(emit.token_ids[:count], emit.logprobs, strict=False)) if emit.logprobs else []
+        if self.shown.scoring.prompt_alone:
+            text, logprobs = "", []
+        ids = emit.token_ids[:count] if self.shown.token_ids else ()
+        return TextPiece(first + emit.index, text, logprobs, end[0], ids, end[1])

@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any, Self
 from urllib.parse import unquote
 
 from httptools import parse_url
@@ -33,41 +32,46 @@ Headers = Sequence[tuple[bytes, bytes]]
 class HttpExchange(RequestResponseCycle):
     """uvicorn's cycle with another way to write."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, **uvicorns: Any) -> None:
-        super().__init__(**uvicorns)
-        self._loop = loop
+    def __init__(self, connection: HttpToolsProtocol) -> None:
+        """Of the request whose head is whole now. Makes its scope, as uvicorn does."""
+        parser = connection.parser
+        version, url = parser.get_http_version(), parse_url(connection.url)
+        path = url.path.decode("ascii")
+        scope: Scope = {
+            "type": "http",
+            "asgi": {"version": connection.asgi_version, "spec_version": "2.3"},
+            "http_version": version,
+            "server": connection.server,
+            "client": connection.client,
+            "scheme": connection.scheme,
+            "root_path": connection.root_path,
+            "headers": connection.headers,
+            "state": connection.app_state.copy(),
+            "method": parser.get_method().decode("ascii"),
+            "path": connection.root_path + (unquote(path) if "%" in path else path),
+            "raw_path": connection.root_path.encode("ascii") + url.path,
+            "query_string": url.query or b"",
+            "extensions": {EXCHANGE: self},
+        }
+        super().__init__(
+            scope,  # type: ignore[arg-type]  # uvicorn's own type of the same
+            connection.transport,
+            connection.flow,
+            connection.logger,
+            connection.access_logger,
+            False,
+            connection.server_state.default_headers,
+            asyncio.Event(),
+            connection.expect_100_continue,
+            version != "1.0" and parser.should_keep_alive(),
+            connection.on_response_complete,
+        )
+        self._loop = connection.loop
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._on_gone: Callable[[], object] | None = None
         self.on_head: tuple[Callable[[int], Headers], ...] = ()
         """Called with the answer's status: what its head says beside the application's headers."""
-
-    @classmethod
-    def of(cls, connection: HttpToolsProtocol) -> Self:
-        """That of the request whose head is whole now. Completes the request's scope, as uvicorn does."""
-        scope: Scope = connection.scope  # type: ignore[assignment]  # uvicorn's own type of the same
-        version, url = connection.parser.get_http_version(), parse_url(connection.url)
-        path = url.path.decode("ascii")
-        scope["method"], scope["http_version"] = connection.parser.get_method().decode("ascii"), version
-        scope["path"] = connection.root_path + (unquote(path) if "%" in path else path)
-        scope["raw_path"] = connection.root_path.encode("ascii") + url.path
-        scope["query_string"] = url.query or b""
-        made = cls(
-            connection.loop,
-            scope=connection.scope,
-            transport=connection.transport,
-            flow=connection.flow,
-            logger=connection.logger,
-            access_logger=connection.access_logger,
-            access_log=False,
-            default_headers=connection.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=connection.expect_100_continue,
-            keep_alive=version != "1.0" and connection.parser.should_keep_alive(),
-            on_response=connection.on_response_complete,
-        )
-        scope["extensions"] = {EXCHANGE: made}
-        return made
 
     def on_gone(self, call: Callable[[], object] | None) -> None:
         """Call this, once, when the client leaves; at once if it has left. None: nobody wants to know any more."""
@@ -131,7 +135,11 @@ class HttpExchange(RequestResponseCycle):
 
     def write(self, body: bytes) -> None:
         """A part of a body that is not the last. See `takes`."""
-        self._add(body, more=True)
+        if self.chunked_encoding:
+            if body:
+                self._hold(b"%x\r\n%b\r\n" % (len(body), body))
+        else:
+            self._add(body, more=True)
 
     def end(self, body: bytes) -> None:
         """The last part of a body."""
@@ -192,8 +200,7 @@ class HttpExchange(RequestResponseCycle):
         if self.scope["method"] == "HEAD":
             self.expected_content_length = 0
         elif self.chunked_encoding:
-            if body:
-                self._hold(b"%x\r\n%b\r\n" % (len(body), body))
+            self.write(body)
             if not more:
                 self._hold(b"0\r\n\r\n")
         else:

@@ -92,10 +92,8 @@ class BoundedHttp(HttpToolsProtocol):
             self._send_timer = self.loop.call_later(self._limits.send_s, self._send_late)
 
     def on_message_begin(self) -> None:
-        """The first byte of a request."""
-        super().on_message_begin()
-        if self._peer_names is not None:
-            self.scope[PEER_NAMES] = self._peer_names  # type: ignore[literal-required]
+        """The first byte of a request. As uvicorn's, but for the scope, which its HttpExchange makes."""
+        self.url, self.headers, self.expect_100_continue = b"", [], False
         self._in_head = self._in_message = True
 
     def on_headers_complete(self) -> None:
@@ -104,13 +102,16 @@ class BoundedHttp(HttpToolsProtocol):
         self._head_is_over()
         if self.transport.is_closing():
             return
-        exchange = HttpExchange.of(self)
+        exchange = HttpExchange(self)
+        scope = self.scope = exchange.scope
+        if self._peer_names is not None:
+            scope[PEER_NAMES] = self._peer_names  # type: ignore[literal-required]
         app = self.app
         if too_large:
             app = self._head_too_large
         elif self.place is not None and self.place.why_spare is not None:
             exchange.keep_alive = False
-            if not self.place.serves(self.scope["method"], self.scope["path"]):
+            if not self.place.serves(scope["method"], scope["path"]):
                 app = self._overloaded  # its body is read as any other's
         under_way, self.cycle = self.cycle, exchange
         if under_way is None or under_way.response_complete:
@@ -169,9 +170,10 @@ class BoundedHttp(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as stopped:
+            version = self.parser.get_http_version()
             self.parser = httptools.HttpRequestParser(_AfterHead(self))
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
-            self.parser.feed_data(_framing(self.headers, self.scope.get("http_version", "1.1")))
+            self.parser.feed_data(_framing(self.headers, version))
             return data[stopped.args[0] :]
         return None
 

@@ -4,7 +4,6 @@ Owns routes, body limits, request ids and the OpenAPI document. Bodies are decod
 """
 
 import logging
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from email.utils import formatdate
@@ -37,6 +36,7 @@ from router.api.formats.parsed_chat import chat_formatter
 from router.api.front import Cors, IdentifiedApp, PlainPaths, RequestIds, StraightWay
 from router.api.http_errors import ErrorReply, error_reply, headers_of
 from router.api.limits import ApiLimits
+from router.api.new_ids import new_id
 from router.api.openai_responses.kept import KeptResponses
 from router.api.openai_responses.request import ResponsesRequest
 from router.api.openai_responses.routes import ResponsesDoor
@@ -171,7 +171,7 @@ def _add_openai(
         async def answer(scope: Scope, receive: Receive) -> AnswerResponse:
             raw = await body_of(scope, receive, max_body_bytes, timeout_s=limits.body_timeout_s)
             wants = await asked(parse(raw, kind), caller_of(scope), len(raw))
-            start = partial(starts.start, wants, scope, f"{id_prefix}{secrets.token_hex(16)}")
+            start = partial(starts.start, wants, scope, f"{id_prefix}{new_id()}")
             stream = bool(wants.body.stream)
             return AnswerResponse(start, stream=stream, send_timeout_s=limits.send_timeout_s, failed=failed)
 

@@ -1,7 +1,6 @@
 """What a request passes before its route: paths and methods as clients write them, and CORS for web pages."""
 
 import re
-import secrets
 from collections.abc import Collection
 from functools import partial
 
@@ -11,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvcore.process.http_exchange import Headers, straight
 from router.api.anthropic.errors import ANTHROPIC_PATHS
 from router.api.http_errors import error_reply
+from router.api.new_ids import new_id
 from router.api.responses import JsonReply
 from router.metrics import RouterMetrics
 
@@ -28,8 +28,13 @@ class RequestIds:
 
     def name(self, scope: Scope) -> None:
         """The request has its id from here on, as `request_id`."""
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-        scope["request_id"] = given if _GOOD_ID.fullmatch(given) else secrets.token_hex(16)
+        for name, value in scope["headers"]:
+            if name == b"x-request-id":
+                if _GOOD_ID.fullmatch(given := value.decode("latin-1")):
+                    scope["request_id"] = given
+                    return
+                break
+        scope["request_id"] = new_id()
 
     def answered(self, scope: Scope, status: int) -> Headers:
         """The request has an answer, with these headers."""
@@ -50,7 +55,7 @@ class StraightWay:
         """ASGI entry."""
         if scope["type"] == "http" and scope["path"] in self._paths and scope["method"] == "POST":
             exchange = straight(scope, send)
-            if exchange is not None and not any(name == b"origin" for name, _ in scope["headers"]):
+            if exchange is not None and b"origin" not in [name for name, _ in scope["headers"]]:
                 self._ids.name(scope)
                 exchange.on_head += (partial(self._ids.answered, scope),)
                 await self._guarded(scope, receive, send)

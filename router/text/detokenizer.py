@@ -30,9 +30,8 @@ class Detokenizer:
         self._skips_special = options.skip_special_tokens
         self._joins_added = not options.skip_special_tokens and not options.spaces_between_special_tokens
         self._last_was_added = False
-        self._window = self._context(prompt_token_ids)
-        self._sent_text = self._decode(self._window) if self._window else ""
-        """The text of the window that has been given out."""
+        self._window, self._sent_text = self._context(prompt_token_ids)
+        """The last tokens, and the text of them that has been given out."""
         self._num_sent = len(self._window)
         """Tokens of the window whose text has been given out completely; those after them are held back."""
 
@@ -43,15 +42,18 @@ class Detokenizer:
         """The text that these tokens complete; what is not yet a whole character is held back, for ever if none comes
         of it."""
         feed_one = self._feed_joined if self._joins_added else self._feed_one
+        if len(token_ids) == 1:
+            return feed_one(token_ids[0])
         return "".join([feed_one(token_id) for token_id in token_ids])
 
-    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The prompt's last few tokens, from a character's beginning to a character's end; else none."""
+    def _context(self, prompt_token_ids: Sequence[int]) -> tuple[list[int], str]:
+        """The prompt's last few tokens, from a character's beginning to a character's end, and their text; else
+        none."""
         for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + 4):  # a character has at most four bytes
             window = list(prompt_token_ids[-count:])
-            if _REPLACEMENT not in self._decode(window):
-                return window
-        return []
+            if _REPLACEMENT not in (text := self._decode(window)):
+                return window, text
+        return [], ""
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skips_special)
@@ -70,20 +72,21 @@ class Detokenizer:
         #   3. It has gained text: give it out. The window starts again at the tokens of this piece, which are the
         #      context of the next one, and so stays short.
         #   4. It has gained none (a special token): keep the token as context, until the window is too long.
-        self._window.append(token_id)
-        text = self._decode(self._window)
+        window = self._window
+        window.append(token_id)
+        text = self._tokenizer.decode(window, skip_special_tokens=self._skips_special)
         if text.endswith(_REPLACEMENT):
-            if len(self._window) - self._num_sent < MAX_HELD_TOKENS:
+            if len(window) - self._num_sent < MAX_HELD_TOKENS:
                 return ""
             done, text, begun = self._split(text)
             piece = self._gain(done, text)
             self._window, self._sent_text, self._num_sent = begun, "", 0
             return piece
-        piece = self._gain(self._window, text)
-        if piece or len(self._window) > MAX_WINDOW_TOKENS:
-            self._window = self._window[self._num_sent :]
-            text = self._decode(self._window) if self._window else ""
-        self._sent_text, self._num_sent = text, len(self._window)
+        piece = self._gain(window, text)
+        if piece or len(window) > MAX_WINDOW_TOKENS:
+            self._window = window = window[self._num_sent :]
+            text = self._tokenizer.decode(window, skip_special_tokens=self._skips_special) if window else ""
+        self._sent_text, self._num_sent = text, len(window)
         return piece
 
     def _gain(self, token_ids: list[int], text: str) -> str:
@@ -117,7 +120,7 @@ class StopChecker:
     _longest: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._longest = max(map(len, self.stops), default=0)
+        self._longest = max(map(len, self.stops)) if self.stops else 0
 
     def feed(self, piece: str, *, may_stop: bool = True) -> tuple[str, bool]:
         """(the text to give out now, whether a stop string was found). The stop string is given out only if

@@ -121,7 +121,11 @@ class ByteTokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """See Tokenizer. There are no special tokens."""
-        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+        try:
+            raw = bytes(token_ids)
+        except ValueError:  # some are no bytes
+            raw = b"".join(map(self.token_bytes, token_ids))
+        return raw.decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """See Tokenizer."""

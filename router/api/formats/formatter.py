@@ -4,7 +4,6 @@ A formatter has state for one answer; it does no I/O. `chat_format` and `complet
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
@@ -100,13 +99,12 @@ class Formatter(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class GatheredChoice(Generic[Entry]):
+class GatheredChoice(msgspec.Struct, Generic[Entry]):
     """A choice of an answer in one body, as far as it has come."""
 
-    texts: list[str] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
+    texts: list[str] = []
+    entries: list[Entry] = []
+    token_ids: list[int] = []
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -129,17 +127,19 @@ class OpenAIFormatter(Generic[Entry]):
         self._model = model
         self._created = created
         self._tokenizer = tokenizer
-        self._names = [TokenNames(tokenizer) for _ in range(answer.num_choices)]
+        self._names: dict[int, TokenNames] = {}
+        """By choice, of those that have had logprobs."""
         self._gathered: list[GatheredChoice[Entry]] = [GatheredChoice() for _ in range(answer.num_choices)]
         self._around: dict[int, list[bytes]] = {}
         """By choice: what its events of text alone have before and after the text's JSON."""
         self._prompt: tuple[list[int], msgspec.Raw] | None = None
         """The last one that was shown, and its JSON."""
-        scoring = answer.shown.scoring
-        self._prompts = [ScoredPrompt(tokenizer, gathers=scoring.prompt_logprobs) for _ in answer.prompts]
+        self._prompts: dict[int, ScoredPrompt] = {}
+        """By place, of those of which something is told."""
+        echoes = answer.shown.scoring.echoes
         self._echoes = [
             tokenizer.decode(prompt, skip_special_tokens=False) if text is None else text
-            for prompt, text in zip(answer.prompts, scoring.echoes or (), strict=False)
+            for prompt, text in zip(answer.prompts if echoes else (), echoes or (), strict=False)
         ]
         """What each answer begins with, one a prompt; empty: nothing."""
 
@@ -197,7 +197,9 @@ class OpenAIFormatter(Generic[Entry]):
 
     def _named(self, piece: TextPiece) -> list[NamedLogprob]:
         """The tokens of the piece with their logprobs. Once a piece, in their order."""
-        names, named = self._names[piece.index], []
+        if (names := self._names.get(piece.index)) is None:
+            names = self._names[piece.index] = TokenNames(self._tokenizer)
+        named = []
         for token_id, logprob in piece.logprobs:
             told = logprob.top
             if self._answer.shown.scoring.listed:  # the sampled one is among them, and each once, as vLLM has it
@@ -232,10 +234,16 @@ class OpenAIFormatter(Generic[Entry]):
 
     def _take_scores(self, prompt: int, scores: PromptLogprobs) -> list[NamedRow]:
         """Of the next tokens of the prompt at this place."""
-        return self._prompts[prompt].take(scores)
+        return self._scored(prompt).take(scores)
+
+    def _scored(self, prompt: int) -> ScoredPrompt:
+        if (scored := self._prompts.get(prompt)) is None:
+            gathers = self._answer.shown.scoring.prompt_logprobs
+            scored = self._prompts[prompt] = ScoredPrompt(self._tokenizer, gathers=gathers)
+        return scored
 
     def _prompt_logprobs(self, prompt: int) -> dict[str, object]:
-        return {"prompt_logprobs": self._prompts[prompt].json()} if self._answer.shown.scoring.prompt_logprobs else {}
+        return {"prompt_logprobs": self._scored(prompt).json()} if self._answer.shown.scoring.prompt_logprobs else {}
 
     def _entries(self, piece: TextPiece) -> list[Entry]:
         """What a subclass shows of each token's logprobs."""
