@@ -34,23 +34,19 @@ _PLAIN = re.compile(r"[A-Za-z0-9_\-.:/@+,\[\]%]+")
 
 def log_fields(logger: logging.Logger, level: int, event: str, **fields: object) -> None:
     """Log `event key=value ...` on one line. Fields that are None are left out; odd values are quoted as JSON text."""
-    if not logger.isEnabledFor(level):
-        return
-    shown = [event]
-    for name, value in fields.items():
-        if type(value) is int:
-            shown.append(f"{name}={value}")
-        elif type(value) is float:
-            shown.append(f"{name}={value:.6g}")
-        elif type(value) is str and _PLAIN.fullmatch(value):
-            shown.append(f"{name}={value}")
-        elif value is not None:
-            shown.append(f"{name}={_show(value)}")
-    # what `logger.log` does, but for a look at who called
-    logger.handle(logger.makeRecord(logger.name, level, __file__, 0, " ".join(shown), (), None))
+    if logger.isEnabledFor(level):
+        said = [f"{name}={shown(value)}" for name, value in fields.items() if value is not None]
+        logger.log(level, "%s", " ".join([event, *said]))
 
 
-def _show(value: object) -> str:
+def log_line(logger: logging.Logger, level: int, line: Callable[[], str]) -> None:
+    """Log a line that is often said, made as `log_fields` makes one, without a look at where that was."""
+    if logger.isEnabledFor(level):
+        logger.handle(logger.makeRecord(logger.name, level, __file__, 0, line(), (), None))
+
+
+def shown(value: object) -> str:
+    """A field's value."""
     if isinstance(value, bytes):
         return value.hex()
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -94,16 +90,21 @@ class LineHandler(logging.StreamHandler[TextIO]):
 
 
 class _Formatter(logging.Formatter):
-    """Makes the text of a second once."""
+    """`TIME LEVEL PROCESS LOGGER MESSAGE`. Makes the text of a second once."""
 
-    _second = (-1, "")
+    _second, _time = -1, ""
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
+    def __init__(self, process_name: str) -> None:
+        super().__init__("%(message)s")
+        self._process = process_name
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """See logging.Formatter."""
         second = int(record.created)
-        if second != self._second[0]:
-            self._second = second, super().formatTime(record, datefmt)
-        return self._second[1]
+        if second != self._second:
+            self._second, self._time = second, self.formatTime(record, "%Y-%m-%dT%H:%M:%S")
+        milliseconds = int(record.msecs)
+        return f"{self._time}.{milliseconds:03d} {record.levelname} {self._process} {record.name} {record.message}"
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -122,8 +123,7 @@ def configure_logging(process_name: str, level: str = "info") -> None:
     if number is None:
         raise ValueError(f"unknown log level {level!r}")
     handler = LineHandler(sys.stderr)
-    line = f"%(asctime)s.%(msecs)03d %(levelname)s {process_name} %(name)s %(message)s"
-    handler.setFormatter(_Formatter(line, "%Y-%m-%dT%H:%M:%S"))
+    handler.setFormatter(_Formatter(process_name))
     logging.getLogger().handlers[:] = [handler]
     set_log_level(level)
 

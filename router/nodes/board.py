@@ -75,7 +75,7 @@ class NodeBoard:
             for role in self._unordered:
                 seen[role] = dict(sorted(seen[role].items()))
             self._unordered.clear()
-            left_out = tuple([self._left_out[place] for place in sorted(self._left_out)])
+            left_out = tuple([self._left_out[place] for place in sorted(self._left_out)]) if self._left_out else ()
             self._view = ClusterView(self._views(Role.PREFILLER), self._views(Role.DECODER), left_out)
         return self._view
 

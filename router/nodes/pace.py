@@ -5,29 +5,32 @@ A limit is a few times what is slow for this node, and never under the floor of 
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
 
 from router.nodes.limits import NodeHealthLimits
 
 
-@dataclass(slots=True)
 class SlowOnes:
-    """The last few observations of one thing, and what is slow among them."""
+    """The last few (`kept`) observations of one thing. They are put in order when somebody asks what is slow: that is
+    seldom, and they are many."""
 
-    kept: int
-    share: float
-    slow: float | None = None
-    """So many of them (`share`) took no longer, the slowest one never counts; None: there are none."""
-    _last: deque[float] = field(init=False)
+    def __init__(self, kept: int, share: float) -> None:
+        self._share = share
+        self._last = deque[float](maxlen=kept)
 
-    def __post_init__(self) -> None:
-        self._last = deque(maxlen=self.kept)
+    def __repr__(self) -> str:
+        return f"<SlowOnes of {len(self._last)}, slow is {self.slow} s>"
 
     def add(self, seconds: float) -> None:
         """One more, in place of the oldest."""
         self._last.append(seconds)
+
+    @property
+    def slow(self) -> float | None:
+        """So many of them (`share`) took no longer, the slowest one never counts; None: there are none."""
+        if not self._last:
+            return None
         ordered = sorted(self._last)
-        self.slow = ordered[max(0, min(math.ceil(self.share * len(ordered)) - 1, len(ordered) - 2))]
+        return ordered[max(0, min(math.ceil(self._share * len(ordered)) - 1, len(ordered) - 2))]
 
 
 class NodePace:

@@ -23,35 +23,41 @@ from router.routing.policy import RoutePolicy
 from router.routing.views import RouteRequest
 
 
-class _Runs(set[RequestRun]):
-    """Requests at one stage of their life. `rows`: what one step of all of them brings, see `RequestSpec.rows`, and
-    so with `scores`. `flows`: sequences, by whose they are."""
+class _UnderWay:
+    """What requests bring, from being opened to their end. `rows`: in one step of all of them, see `RequestSpec.rows`,
+    and so with `scores`. `flows`: sequences, by whose they are."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.rows = self.scores = 0
-        self.flows = Counter[str]()
+        self.flows: dict[str, int] = {}
 
-    def add(self, run: RequestRun) -> None:
-        """One that is not in it."""
-        super().add(run)
+    def begins(self, run: RequestRun) -> None:
+        """One more."""
         self.rows += run.rows
         self.scores += run.scores
-        self.flows[run.flow] += run.sequences
+        self.flows[run.flow] = self.flows.get(run.flow, 0) + run.sequences
 
-    def remove(self, run: RequestRun) -> None:
-        """One that is in it."""
-        super().remove(run)
+    def ends(self, run: RequestRun) -> None:
+        """One that has begun."""
         self.rows -= run.rows
         self.scores -= run.scores
-        self.flows[run.flow] -= run.sequences
-        if not self.flows[run.flow]:
-            del self.flows[run.flow]
+        if (left := self.flows.pop(run.flow) - run.sequences) > 0:
+            self.flows[run.flow] = left
+
+
+class _Runs(set[RequestRun]):
+    """Requests at one stage of their life. One that is discarded has ended; one that is removed is at the next stage
+    from then on."""
+
+    def __init__(self, under_way: _UnderWay) -> None:
+        super().__init__()
+        self._under_way = under_way
 
     def discard(self, run: object) -> None:
         """Whether it is in it or not."""
         if isinstance(run, RequestRun) and run in self:
             self.remove(run)
+            self._under_way.ends(run)
 
 
 class _ChooseRoute(Protocol):
@@ -99,8 +105,8 @@ class Dispatcher:
         self._services = services
         self._policy = policy
         self._turn = 0
-        self._opened = _Runs()
-        self.running = _Runs()
+        self.under_way = _UnderWay()
+        self._opened, self.running = _Runs(self.under_way), _Runs(self.under_way)
         """Entered and not left: they are told of nodes that are lost."""
         self.stopping = False
         """No request is taken any more."""
@@ -129,12 +135,13 @@ class Dispatcher:
         services, in_flight = self._services, self._services.log.in_flight + len(self._opened)
         if in_flight >= services.config.max_requests * spec.max_share:
             raise OverloadedError(f"{in_flight} requests are under way; the router takes no more at a time")
-        rows, most = self._opened.rows + self.running.rows + spec.rows, services.limits.max_rows
+        rows, most = self.under_way.rows + spec.rows, services.limits.max_rows
         if rows > most:
             raise OverloadedError(f"choices and logprobs of {rows} tokens a step, over {most}, would be under way")
-        scores, most = self._opened.scores + self.running.scores + spec.scores, services.limits.max_scores
-        if spec.scores and scores > most:
-            raise OverloadedError(f"logprobs of {scores} tokens of prompts, over {most}, would be under way")
+        if asked := spec.scores:
+            scores, most = self.under_way.scores + asked, services.limits.max_scores
+            if scores > most:
+                raise OverloadedError(f"logprobs of {scores} tokens of prompts, over {most}, would be under way")
         if self.stopping:
             raise StoppingError("this router is stopping; ask another one, or this one when it is back")
         decision = decision or self.route(spec)
@@ -142,22 +149,23 @@ class Dispatcher:
             raise NodeUnavailableError(decision.why_no_decoder())
         self._count_way(decision.way)
         picker = RoutePicker(partial(self._choose, spec, self._turn), services.cluster)
-        return RequestRun(
-            services, spec, decision, picker, opened=self._opened, running=self.running, waited_s=waited_s
-        )
+        run = RequestRun(services, spec, decision, picker, opened=self._opened, running=self.running, waited_s=waited_s)
+        self.under_way.begins(run)
+        return run
 
     def _count_way(self, way: WayChoice) -> None:
         """What speaks against the other way is doubted a little more, or tried from now on."""
-        blamed = way.blamed
-        node = self._services.cluster.nodes.get(blamed.node) if blamed is not None else None
-        if blamed is not None and node is not None:
+        if (blamed := way.blamed) is None:
+            return
+        node = self._services.cluster.nodes.get(blamed.node)
+        if node is not None:
             tried_at = self._services.clock.now() if way.tries else None
             node.rates.spoke_against(blamed.kind, blamed.machine, tried_at=tried_at)
             node.touch()
 
     def sequences_by_flow(self) -> Counter[str]:
         """Of those under way."""
-        return self._opened.flows + self.running.flows
+        return Counter(self.under_way.flows)
 
     def describe(self) -> list[str]:
         """One line a running request, for the dump of a process that is looked into."""

@@ -3,11 +3,12 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 
 from kvcore.clock import Clock
-from kvcore.telemetry import log_fields
+from kvcore.telemetry import log_line, shown
 from nodeapi.messages import LegInfo, Moved, PrefillResult, Promoted, TierChoice, Timings
 from router.documents.named import NamedDocuments
 from router.requests.hints import HintRecord
@@ -144,7 +145,10 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     @property
     def in_need(self) -> bool:
         """Whether a prefiller decoded some of it."""
-        return any(leg.in_need for leg in self.legs)
+        for leg in self.legs:  # noqa: SIM110 - twice a request
+            if leg.in_need:
+                return True
+        return False
 
     @property
     def way(self) -> str:
@@ -243,7 +247,7 @@ class RequestLog:
             self.cancelled += 1
         else:
             self.failed += 1
-        self._write(record)
+        log_line(_log, logging.WARNING if record.state == "failed" else logging.INFO, partial(_line, record))
         for observe in self.observers:
             observe(record)
         for observe_prompt in self.prompt_observers:
@@ -274,38 +278,43 @@ class RequestLog:
             record.route.explain(decision)
         return record
 
-    def _write(self, record: RequestRecord) -> None:
-        level = logging.WARNING if record.state == "failed" else logging.INFO
-        facts: dict[str, str] = {}
-        for leg in record.legs:
-            if (spent := leg.timings) is not None:
-                moved = sum([move.num_bytes for move in leg.moved]) if leg.moved else 0
-                facts[f"{leg.kind}_{leg.id.rpartition('.')[2]}"] = (
-                    f"node:{leg.node},queue:{spent.queue_s:.3f},wait:{spent.wait_s:.3f},load:{spent.load_s:.3f},"
-                    f"compute:{spent.compute_s:.3f},save:{spent.save_s:.3f},moved:{moved}"
-                )
-        route = record.route
-        log_fields(
-            _log,
-            level,
-            "request",
-            id=record.id,
-            client_id=record.client_request_id,
-            tenant=record.tenant or None,
-            adapter=record.adapter or None,
-            state=record.state,
-            prompt_tokens=record.prompt_tokens,
-            cached_tokens=record.cached_tokens,
-            approximate_tokens=record.approximate_tokens or None,
-            completion_tokens=record.completion_tokens,
-            waited_s=record.waited_s or None,
-            ttft_s=record.ttft_s,
-            total_s=record.total_s,
-            prefiller=route.prefiller if route else None,
-            decoder=route.decoder if route else None,
-            reason=route.reason if route else None,
-            retries=record.retries or None,
-            in_need=record.in_need or None,
-            error=record.error,
-            **facts,
-        )
+
+def _line(record: RequestRecord) -> str:
+    """What the log says of it, written as `log_fields` writes, of which it has too many fields for one call a
+    request."""
+    said = [f"request id={shown(record.id)}"]
+    if record.client_request_id is not None:
+        said.append(f"client_id={shown(record.client_request_id)}")
+    if record.tenant:
+        said.append(f"tenant={shown(record.tenant)}")
+    if record.adapter:
+        said.append(f"adapter={shown(record.adapter)}")
+    said.append(f"state={record.state} prompt_tokens={record.prompt_tokens} cached_tokens={record.cached_tokens}")
+    if record.approximate_tokens:
+        said.append(f"approximate_tokens={record.approximate_tokens}")
+    said.append(f"completion_tokens={record.completion_tokens}")
+    if record.waited_s:
+        said.append(f"waited_s={record.waited_s:.6g}")
+    if record.ttft_s is not None:
+        said.append(f"ttft_s={record.ttft_s:.6g}")
+    if record.total_s is not None:
+        said.append(f"total_s={record.total_s:.6g}")
+    if (route := record.route) is not None:
+        if route.prefiller is not None:
+            said.append(f"prefiller={shown(route.prefiller)}")
+        said.append(f"decoder={shown(route.decoder)} reason={shown(route.reason)}")
+    if record.retries:
+        said.append(f"retries={record.retries}")
+    if record.in_need:
+        said.append("in_need=True")
+    if record.error is not None:
+        said.append(f"error={shown(record.error)}")
+    for leg in record.legs:
+        if (spent := leg.timings) is not None:
+            moved = sum([move.num_bytes for move in leg.moved]) if leg.moved else 0
+            where = shown(
+                f"node:{leg.node},queue:{spent.queue_s:.3f},wait:{spent.wait_s:.3f},load:{spent.load_s:.3f},"
+                f"compute:{spent.compute_s:.3f},save:{spent.save_s:.3f},moved:{moved}"
+            )
+            said.append(f"{leg.kind}_{leg.id.rpartition('.')[2]}={where}")
+    return " ".join(said)

@@ -143,7 +143,7 @@ class Decision(msgspec.Struct, frozen=True):
     @property
     def num_usable(self) -> int:
         """Nodes that it was made among."""
-        return sum([len(ranking.usable) for ranking in self._rankings()])
+        return len(self.decoders.usable) + (len(self.prefillers.usable) if self.prefillers is not None else 0)
 
     def candidates(self, limit: int = MAX_EXPLAINED) -> list[Candidate]:
         """Decoders, then prefillers if one was wanted; at most `limit` of each, best first."""

@@ -188,9 +188,14 @@ class NodeRates:
 
     def doubts(self) -> dict[tuple[RateKind, str], Doubt]:
         """Of each rate by which ways are compared. The machine is that of `put`, or empty."""
-        found: dict[tuple[RateKind, str], Doubt] = {("put", machine): rate.doubt for machine, rate in self.puts.items()}
-        kinds: tuple[RateKind, ...] = ("compute", "near", "far")
-        found.update({(kind, ""): rate.doubt for kind in kinds if (rate := self.rate(kind)) is not None})
+        near, far = self.near, self.far
+        found: dict[tuple[RateKind, str], Doubt] = {
+            ("compute", ""): self.prefill.doubt,
+            ("near", ""): (near if near.seconds else far).doubt,
+            ("far", ""): (far if far.seconds else near).doubt,
+        }
+        for machine, rate in self.puts.items():
+            found["put", machine] = rate.doubt
         return found
 
     def spoke_against(self, kind: RateKind, machine: str, *, tried_at: float | None) -> None:

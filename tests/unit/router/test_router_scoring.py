@@ -209,7 +209,7 @@ async def test_too_many_logprobs_of_prompts_are_refused_by_name() -> None:
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt_logprobs"
         busy = await http.post("/v1/completions", json={**ASK, "prompt_logprobs": 2})
         assert busy.status_code == 503 and "prompts" in busy.json()["error"]["message"]
-        assert rig.dispatcher.running.scores == 0
+        assert rig.dispatcher.under_way.scores == 0
 
 
 ROWS = prompt_rows(IDS, 1)
