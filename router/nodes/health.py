@@ -82,7 +82,7 @@ class Breaker:
 
     def started(self, now: float) -> None:
         """A leg starts: while half open it is the probe."""
-        self._trying = self.state(now) is BreakerState.HALF_OPEN
+        self._trying = self.open_until is not None and self.state(now) is BreakerState.HALF_OPEN
 
     def succeeded(self) -> None:
         """A leg did what it should."""

@@ -36,8 +36,8 @@ _Load = tuple[int, int, int, float, bool, ToldWork | None]
 
 @dataclass(slots=True)
 class _LastView:
-    """A node as policies saw it last: `view`, which is `measured` under this `load`; and that is of this report and so
-    many `changes` of these rates."""
+    """A node as policies saw it last: `view`, which is `measured` under this `load`; and that is what it said in this
+    report with what was measured by so many `changes` of these rates."""
 
     report: NodeReport
     rates: NodeRates
@@ -196,17 +196,17 @@ class KnownNode:
             self.told,
         )
         if seen is None or seen.report is not report or seen.rates is not rates or seen.changes != rates.changes:
-            before = seen.measured if seen is not None and seen.report is report else None
-            measured = self._measured(report, report.engine, before)
+            if seen is not None and seen.report is report:
+                measured = _measured(seen.measured, rates)
+            else:
+                measured = _measured(self._reported(report, report.engine), rates)
             seen = self._seen = _LastView(report, rates, rates.changes, measured, load, _under(measured, load))
         elif seen.load != load:
             seen.load, seen.view = load, _under(seen.measured, load)
         return seen.view
 
-    def _measured(self, report: NodeReport, engine: EngineInfo, before: NodeView | None) -> NodeView:
-        """As it would be without load. `before`: the last one, if that was of the same report."""
-        rates = self.rates
-        near, far = rates.near.per_s, rates.far.per_s
+    def _reported(self, report: NodeReport, engine: EngineInfo) -> NodeView:
+        """As it says itself."""
         return NodeView(
             id=self.id,
             role=self.role,
@@ -215,20 +215,11 @@ class KnownNode:
             max_context=engine.max_context,
             kv_spec=engine.kv_spec,
             lacks=self.lacks,
-            adapters=frozenset(engine.adapters) if before is None else before.adapters,
+            adapters=frozenset(engine.adapters),
             takes_documents=not engine.refuses_documents,
             max_sequences=engine.max_sequences,
-            prefill_rate=rates.prefill.per_s,
-            is_warm_up=rates.prefill.is_warm_up,
-            step_s=rates.steps.each_s,
-            stay_s=rates.stays.each_s,
-            near_rate=near or far,
-            far_rate=far or near,
-            read_rates=rates.read_rates(),
             machine=self.machine,
-            put_rates=rates.put_rates(),
-            doubts=rates.doubts(),
-            tiers=TierRates.of(report.tiers) if before is None else before.tiers,
+            tiers=TierRates.of(report.tiers),
         )
 
     def reason(self, now: float) -> str | None:
@@ -238,6 +229,22 @@ class KnownNode:
         if self.breaker.open_until is not None and not self.breaker.allows(now):
             return f"breaker {self.breaker.state(now)}"
         return f"suspected: {self.trust.why}" if self.trust.state is TrustState.SUSPECTED else None
+
+
+def _measured(reported: NodeView, rates: NodeRates) -> NodeView:
+    near, far, prefill, steps, stays = rates.near.per_s, rates.far.per_s, rates.prefill, rates.steps, rates.stays
+    return replace(
+        reported,
+        prefill_rate=prefill.per_s,
+        is_warm_up=prefill.is_warm_up,
+        step_s=steps.each_s,
+        stay_s=stays.each_s,
+        near_rate=near or far,
+        far_rate=far or near,
+        read_rates=rates.read_rates(),
+        put_rates=rates.put_rates(),
+        doubts=rates.doubts(),
+    )
 
 
 def _under(measured: NodeView, load: _Load) -> NodeView:

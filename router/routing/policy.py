@@ -48,6 +48,8 @@ class Filter:
     reason: str
     keep: Callable[[RouteRequest, Sequence[NodeView], NodeView | None], Sequence[NodeView]]
     detail: Callable[[NodeView, NodeView | None], str] | None = None
+    always: bool = True
+    """False: all stay for a request that `is_plain`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class KindFilter:
     reason: str
     wanted: Callable[[RouteRequest, NodeView | NodeKind, NodeView | None], bool]
     detail: Callable[[NodeView, NodeView | None], str] | None = None
+    always: bool = True
 
     def keep(self, request: RouteRequest, nodes: Sequence[NodeView], decoder: NodeView | None) -> Sequence[NodeView]:
         """As of a Filter."""
@@ -163,14 +166,12 @@ class Policy:
         stand_ins = _rank(Role.PREFILLER, DECODER_FILTERS, rules, request, candidates, decoder=None)
         route, node = None, stand_ins.node
         if node is not None:
-            cached, _ = _prefiller_unneeded(request, node)
-            promoted = expected(request, node).chunks * node.chunk_tokens
             route = Route(
                 prefiller=None,
                 decoder=node.id,
-                expected_cached_tokens=cached,
+                expected_cached_tokens=_prefiller_unneeded(request, node)[0],
                 reason=IN_NEED,
-                expected_promoted_tokens=promoted,
+                expected_promoted_tokens=expected(request, node).chunks * node.chunk_tokens,
             )
         return Decision(route, decoders, stand_ins, view.unusable)
 
@@ -245,23 +246,23 @@ def _takes_documents(request: RouteRequest, node: NodeView | NodeKind, _: NodeVi
 
 _PREFERRED = (
     KindFilter("slow or silent a moment ago", _without_doubt),
-    KindFilter("takes no documents", _takes_documents),
+    KindFilter("takes no documents", _takes_documents, always=False),
 )
 """Preferences, as those of a policy: one that would leave nobody is passed over."""
 _OTHER_KV = KindFilter("its KV is not what the decoder reads", _of_the_decoders_kv, _what_differs)
-_NO_ADAPTER = KindFilter("does not serve the adapter, or has other files of it", _serves_the_adapter)
+_NO_ADAPTER = KindFilter("does not serve the adapter, or has other files of it", _serves_the_adapter, always=False)
 DECODER_FILTERS = (
     _NO_ADAPTER,
-    KindFilter("cannot do what the request asks", _obeys),
+    KindFilter("cannot do what the request asks", _obeys, always=False),
     KindFilter("too short a context", _decoders_that_fit),
-    Filter("tried before, or another one was wanted", _decoders_wanted),
-    KindFilter("other weights or settings than the answer began with", _of_the_answers_model),
+    Filter("tried before, or another one was wanted", _decoders_wanted, always=False),
+    KindFilter("other weights or settings than the answer began with", _of_the_answers_model, always=False),
 )
 PREFILLER_FILTERS = (
     _NO_ADAPTER,
     _OTHER_KV,
     KindFilter("too short a context", _prefiller_fits),
-    Filter("tried before", _not_excluded),
+    Filter("tried before", _not_excluded, always=False),
 )
 
 
@@ -315,19 +316,17 @@ def _rank(
 ) -> Ranking:
     """Filter, score and pick the nodes of one role."""
     cuts: tuple[Cut, ...] = ()
-    for rule in required:
-        kept = rule.keep(request, nodes, decoder)
-        if kept is not nodes and len(kept) != len(nodes):
-            cuts += (_cut(rule, nodes, kept, decoder),)
-            nodes = kept
-    for rule in (*_PREFERRED, *rules.filters):
-        kept = rule.keep(request, nodes, decoder)
-        if kept is not nodes and kept and len(kept) != len(nodes):
-            cuts += (_cut(rule, nodes, kept, decoder),)
-            nodes = kept
-    names = rules.names
+    plain = request.is_plain
+    for must, filters in ((True, required), (False, (*_PREFERRED, *rules.filters))):
+        for rule in filters:
+            if plain and not rule.always:
+                continue
+            kept = rule.keep(request, nodes, decoder)
+            if kept is not nodes and len(kept) != len(nodes) and (must or kept):
+                cuts += (_cut(rule, nodes, kept, decoder),)
+                nodes = kept
     if not nodes:
-        return Ranking(role, (), (), names, ((),) * len(names), cuts, None, ())
+        return Ranking(role, (), (), rules.names, ((),) * len(rules.names), cuts, None, ())
     usable = nodes
     if rules.by_load:
         nodes = shortlist(request, usable)
@@ -340,7 +339,8 @@ def _rank(
                 column = [weight * score for score in column]
             totals = column if totals is zeros else list(map(add, totals, column))
         columns.append(column)
-    return Ranking(role, nodes, totals, names, tuple(columns), cuts, rules.pick(totals, request.turn), usable)
+    place = rules.pick(totals, request.turn)
+    return Ranking(role, nodes, totals, rules.names, tuple(columns), cuts, place, usable)
 
 
 def _cut(

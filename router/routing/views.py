@@ -252,6 +252,12 @@ class RouteRequest(msgspec.Struct, frozen=True):
     peer_rate: float = 0.0
     """… and of the fastest disk that holds some of it, in bytes; 0: not known, or nothing lies in a tier."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it asks for nothing in particular, and is tried for the first time: as most are."""
+        asks = self.adapter or self.asks or self.documents or self.fingerprint
+        return not (asks or self.exclude or self.decoder)
+
     def documents_for(self, node: NodeView) -> DocumentHits:
         """Where the prompt's documents are, if this node takes them."""
         return self.documents.get(node.fingerprint, NO_DOCUMENTS) if node.takes_documents else NO_DOCUMENTS
