@@ -114,11 +114,7 @@ def answer_request(
         stops=() if scoring.prompt_alone else stops,
         text=_text_options(request, reading),
         shown=_shown(request, prompt_text, scoring),
-        names=FieldNames(
-            prompt=prompt_name or ("messages" if isinstance(request, ChatRequest) else "prompt"),
-            others=_NAMES if form is None else {**_NAMES, "grammar": form.field},
-            max_tokens=named if _asks_length(request) else None,
-        ),
+        names=_field_names(request, prompt_name, form, named),
         turn=Turn(flow, priority=_priority(request.priority)),
         client_id=_client_id(request_id, request.request_id, limits),
         repetition=_repetition(request.repetition_detection, limits),
@@ -155,8 +151,13 @@ def _marks(request: AnyRequest) -> list[MarkedForCache]:
     return [mark for chat in chats_of(request) for mark in marks_of(chat.messages)]
 
 
-def _asks_length(request: AnyRequest) -> bool:
-    return request.max_tokens is not None or request.max_completion_tokens is not None
+def _field_names(request: AnyRequest, prompt: str | None, form: AskedGrammar | None, max_tokens: str) -> FieldNames:
+    asks_length = request.max_tokens is not None or request.max_completion_tokens is not None
+    return FieldNames(
+        prompt=prompt or ("messages" if isinstance(request, ChatRequest) else "prompt"),
+        others=_NAMES if form is None else {**_NAMES, "grammar": form.field},
+        max_tokens=max_tokens if asks_length else None,
+    )
 
 
 def _is_text(prompt: str | list[str | int | list[int]]) -> bool:
