@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 from nodeapi.documents import Documents
 from nodeapi.messages import EngineInfo
 
@@ -33,8 +35,7 @@ class NamedDocuments:
         return None if self.why else Documents(header=self.header, spans=list(self.spans), k=self.k)
 
 
-@dataclass(frozen=True, slots=True)
-class PromptTokens:
+class PromptTokens(msgspec.Struct, frozen=True):
     """A prompt as tokens. `documents` None: it names none."""
 
     token_ids: list[int]

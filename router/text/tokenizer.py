@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -26,6 +27,8 @@ from router.text.template_files import template_sources
 from router.text.token_cache import TokenCache, TokenCacheLimits
 
 LONG_TOKENS = 4096
+_KEPT_TEXTS = 1 << 14
+"""Of tokens by themselves: all but the rare ones of a vocabulary."""
 _T = TypeVar("_T")
 
 
@@ -170,6 +173,8 @@ class FolderTokenizer:
         self._cuts = Cuts(self._file)
         self._limits, self._cache = limits, TokenCache(self._encode_all, limits)
         self._pieces = PieceBytes(self._tokenizer)
+        self._alone = lru_cache(_KEPT_TEXTS)(partial(_text_of, self._tokenizer))
+        """The text of one token, and whether without that of special ones."""
         settings = _read_json(folder / "tokenizer_config.json")
         self._templates = _read_templates(folder, settings)
 
@@ -210,6 +215,8 @@ class FolderTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """See Tokenizer."""
         text: str
+        if len(token_ids) == 1:  # as every other call is where an answer is read token by token
+            return self._alone(token_ids[0], skip_special_tokens)
         if len(token_ids) <= LONG_TOKENS:
             text = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         else:  # for a batch the library lets go of the interpreter's lock, which costs short texts more than they take
@@ -238,6 +245,11 @@ class FolderTokenizer:
         if isinstance(self._templates, str):
             raise no_chat(self._templates)
         return self._templates.render(chat)
+
+
+def _text_of(tokenizer: FastTokenizer, token_id: int, skip_special_tokens: bool) -> str:
+    text: str = tokenizer.decode([token_id], skip_special_tokens=skip_special_tokens)
+    return text
 
 
 def make_tokenizer(config: ClusterConfig) -> Tokenizer:
