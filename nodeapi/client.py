@@ -99,12 +99,10 @@ class HttpNodeClient:
         """See NodeClient."""
         body = self._body(request)
         with await self._calls.open("POST", f"{url}/v1/generate", body, first_s) as answer:
-            until = answer.until(first_s)
-            deltas = _Deltas(url, answer, reader, request.sampling.n, until=until, gap_s=gap_s)
-            while await answer.pass_on(deltas.feed, until):
+            deltas = _Deltas(url, answer, reader, request.sampling.n, first_s=first_s, gap_s=gap_s)
+            while await answer.pass_on(deltas.feed, deltas.until):
                 if not await deltas.caught_up():
                     return
-                until = answer.until(gap_s)
             deltas.check_ended()
 
     async def compare(self, url: str, request: CompareRequest, *, timeout_s: float) -> CompareReply:
@@ -170,14 +168,16 @@ _decode_frame = msgspec.msgpack.Decoder(StreamFrame).decode
 
 
 class _Deltas:
-    """The frames of one answer on their way to their reader. `unfinished`: sequences whose finish has not come.
-    `until`: when the first delta is late."""
+    """The frames of one answer on their way to their reader. `unfinished`: sequences whose finish has not come."""
 
     def __init__(
-        self, url: str, answer: OpenAnswer, reader: DeltaReader, unfinished: int, *, until: float, gap_s: float
+        self, url: str, answer: OpenAnswer, reader: DeltaReader, unfinished: int, *, first_s: float, gap_s: float
     ) -> None:
         self._url, self._answer, self._reader, self._gap_s = url, answer, reader, gap_s
-        self._unfinished, self._until = unfinished, until
+        self._unfinished = unfinished
+        self._now = asyncio.get_running_loop().time
+        self.until = self._now() + first_s
+        """When the next delta is late, in the loop's time."""
         self._cutter, self._seal = FrameDecoder(MAX_FRAME_BYTES), answer.seal
         self._untaken: Sequence[TokenDelta | StreamError] = ()
         self._held = False
@@ -186,8 +186,8 @@ class _Deltas:
     def feed(self, data: bytes) -> float:
         """See kvcore.http.connection.Feed. Nothing is untaken when it is called. A part of a frame is no delta."""
         if frames := self._frames_in(data):
-            self._until = self._answer.until(self._gap_s)
-        return self._until if self._take(frames) else 0.0
+            self.until = self._now() + self._gap_s
+        return self.until if self._take(frames) else 0.0
 
     async def caught_up(self) -> bool:
         """Have the reader take what came with what it took last. False: it wants nothing more."""
@@ -197,6 +197,7 @@ class _Deltas:
             elif not await self._reader.ready():
                 return False
             if self._take(self._untaken):
+                self.until = self._now() + self._gap_s
                 return True
 
     def check_ended(self) -> None:

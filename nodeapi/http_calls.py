@@ -118,12 +118,8 @@ class OpenAnswer:
         """What opens its frames; None: they are not sealed."""
         return None if self._answer.proven is None else self._answer.proven.seal
 
-    def until(self, seconds: float) -> float:
-        """See HttpConnection."""
-        return self._answer.until(seconds)
-
     async def read(self, until: float) -> bytes:
-        """What comes next, until then; empty: the answer is at its end. Raises errors of kvcore.errors."""
+        """What comes next, until then in the loop's time; empty: all has come. Raises errors of kvcore.errors."""
         if not self._answer.num_unread:
             try:
                 await self._answer.wait(1, until)
@@ -141,7 +137,7 @@ class OpenAnswer:
     async def beginning(self, most: int, timeout_s: float) -> bytes:
         """At most so many bytes of it, within `timeout_s`."""
         try:
-            await self._answer.wait(most, self._answer.until(timeout_s))
+            await self._answer.wait(most, asyncio.get_running_loop().time() + timeout_s)
         except OSError as error:
             raise _meaning(error, self._url, timeout_s) from error
         return self._answer.take()[:most]

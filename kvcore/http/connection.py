@@ -103,10 +103,6 @@ class HttpConnection(asyncio.Protocol):
         """Bytes of the body that are there to be taken."""
         return self._size
 
-    def until(self, seconds: float) -> float:
-        """When so many have passed, for the next two."""
-        return self._loop.time() + seconds
-
     async def wait(self, num_bytes: int, until: float) -> None:
         """Until the head has come and so many bytes (at least one) of the body are there to be taken, or all of it.
         Raises TimeoutError after `until`, in the loop's time, and BrokenCallError; bytes that came before can still be

@@ -4,6 +4,7 @@ Owns the calls; what is sent and what it means is in `vllm_requests` and `vllm_r
 its connection, upon which vLLM aborts the request.
 """
 
+import asyncio
 import logging
 import os
 from collections.abc import Iterator
@@ -121,10 +122,11 @@ class VllmClient:
         stream = CompletionStream(n=sequences, logprobs=sampling.logprobs, url=url, listed=sampling.logprob_token_ids)
         scores = await self._scores(url, request, first_s)
         with await self._calls.open("POST", where, body, first_s, headers) as answer:
-            until = answer.until(first_s)
+            now = asyncio.get_running_loop().time
+            until = now() + first_s
             while not stream.ended:
                 try:
-                    data = await answer.read(answer.until(self._usage_s) if stream.holds else until)
+                    data = await answer.read(now() + self._usage_s if stream.holds else until)
                 except DeadlineExceededError:
                     if not stream.holds:
                         raise
@@ -138,7 +140,7 @@ class VllmClient:
                         if not reader.take(each) and not await reader.ready():
                             answer.finished = stream.ended
                             return
-                    until = answer.until(gap_s)
+                    until = now() + gap_s
                 if not data:
                     return
             answer.finished = True  # but for the body's end, which [DONE] announced: the connection is kept

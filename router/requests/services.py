@@ -9,6 +9,7 @@ from kvcore.handoff import HandoffKind
 from nodeapi.protocol import NodeClient
 from router.nodes.cluster import Cluster
 from router.requests.control import ControlCalls
+from router.requests.flow.timers import RequestTimers
 from router.requests.limits import RequestLimits
 from router.requests.records import RequestLog
 from router.shadow.gate import BlendGate
@@ -29,6 +30,7 @@ class RequestServices:
     gate: BlendGate = field(default_factory=lambda: BlendGate(BlendConfig(), lambda: 0.0))
     """Of documents."""
     control: ControlCalls = field(default_factory=ControlCalls)
+    timers: RequestTimers = field(default_factory=RequestTimers)
 
 
 def make_services(
