@@ -8,7 +8,7 @@ from kvcore.chunk_keys import chunk_keys, root_key
 from kvcore.config.routing import RoutingPolicy
 from router.routing.decision import Decision
 from router.routing.policy import make_policy
-from router.routing.views import ClusterView, RouteRequest
+from router.routing.views import NO_HITS, ClusterView, RouteRequest
 
 CHAT = {"model": "fake-model", "messages": [{"role": "user", "content": "x" * 100}], "max_tokens": 4}
 COMPLETION = {"model": "fake-model", "prompt": [5] * 100, "max_tokens": 4}
@@ -59,4 +59,4 @@ async def test_the_router_looks_for_a_tenants_chunks_under_its_own_keys():
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=rig.app), base_url="http://r") as client:  # type: ignore[arg-type]
         for salt in ("a", "b", None):
             await client.post("/v1/completions", json={**COMPLETION, "cache_salt": salt})
-    assert [asked.hits[fingerprint].longest for asked in spy.asked] == [6, 0, 0]
+    assert [asked.hits.get(fingerprint, NO_HITS).longest for asked in spy.asked] == [6, 0, 0]
