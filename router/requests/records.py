@@ -194,7 +194,7 @@ class RequestLog:
     """The ring and the totals. In-flight requests are in it too.
 
     Of a thousand records one is looked at: the choice of a request's nodes is explained when its record is asked for,
-    and until then kept as it was made. One among many nodes would keep them all, and is explained at once."""
+    and until then kept as it was made. One that would hold on to many nodes is explained at once."""
 
     def __init__(self, clock: Clock | None = None, process: str | None = None) -> None:
         """`clock`: by which requests begin; None: nobody asks when. `process`: as in records."""
@@ -227,9 +227,11 @@ class RequestLog:
         self.total += 1
         record.process = self._process
         record.began_at = 0.0 if self._clock is None else self._clock.wall()
-        self._ring[record.id], self._unexplained[record.id] = record, decision
-        if decision.num_usable > MANY:
-            self._explained(record)
+        self._ring[record.id] = record
+        if (kept := decision.to_explain(MANY)) is not None:
+            self._unexplained[record.id] = kept
+        elif record.route is not None:
+            record.route.explain(decision)
         while len(self._ring) > RING:
             gone, _ = self._ring.popitem(last=False)
             self._unexplained.pop(gone, None)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import msgspec
+from msgspec.structs import replace
 
 from kvcore.types import Role, Route
 from router.routing.costs import Way, WayChoice, worth_waiting_s
@@ -140,10 +141,17 @@ class Decision(msgspec.Struct, frozen=True):
                 return way
         return None
 
-    @property
-    def num_usable(self) -> int:
-        """Nodes that it was made among."""
-        return len(self.decoders.usable) + (len(self.prefillers.usable) if self.prefillers is not None else 0)
+    def to_explain(self, most: int) -> "Decision | None":
+        """As much of it as its explanation needs. None: that would hold on to more than `most` nodes of a role."""
+        prefillers, are_many = self.prefillers, False
+        for ranking in self._rankings():
+            if len(ranking.nodes) > most or (ranking.cuts and len(ranking.cuts[0].before) > most):
+                return None
+            are_many = are_many or len(ranking.usable) > most
+        if not are_many:
+            return self
+        decoders = replace(self.decoders, usable=())
+        return replace(self, decoders=decoders, prefillers=prefillers and replace(prefillers, usable=()))
 
     def candidates(self, limit: int = MAX_EXPLAINED) -> list[Candidate]:
         """Decoders, then prefillers if one was wanted; at most `limit` of each, best first."""

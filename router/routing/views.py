@@ -220,11 +220,11 @@ class ClusterView(msgspec.Struct, frozen=True):
 
 
 class RouteRequest(msgspec.Struct, frozen=True):
-    """What a choice depends on. `hits[fingerprint]`: where the prompt's chunks are, if anywhere. `turn` counts requests:
-    it breaks ties and is round robin's memory. `decoder`: already chosen, only a prefiller is wanted. `fingerprint`: of
-    the KV of the answer that is to go on; empty: none has begun. `full`: those of `exclude` that only have no room.
-    `session`: what the client names its requests by that belong together; empty: nothing. `now`: by the router's clock.
-    `asks`: fields of SamplingParams that its decoder must not lack."""
+    """What a choice depends on. `hits[fingerprint]`: where the prompt's chunks are, if anywhere. `turn` counts
+    requests: it breaks ties and is round robin's memory. `decoder`: already chosen, only a prefiller is wanted.
+    `fingerprint`: of the KV of the answer that is to go on; empty: none has begun. `full`: those of `exclude` that only
+    have no room. `session`: what the client names its requests by that belong together; empty: nothing. `now`: by the
+    router's clock. `asks`: fields of SamplingParams that its decoder must not lack."""
 
     prompt_tokens: int
     min_prefill_tokens: int

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.router_fakes import FakeNode, FakeNodes, cluster_config, make_rig, node_app, serve
 from support.sim_loop import LoopClock, run_sim
 
+from kvcore.config.routing import RoutingPolicy
 from kvcore.errors import NodeUnavailableError
 from kvcore.types import ChunkKey, Role
 from nodeapi.client import HttpNodeClient
@@ -24,6 +25,7 @@ from router.requests.records import RING, record_of
 from router.requests.spec import RequestSpec
 from router.routing.decision import Ranking
 from router.routing.index import PrefixIndex
+from router.routing.policy import make_policy
 from router.routing.views import NodeView
 
 LIMITS = NodeHealthLimits()
@@ -134,14 +136,20 @@ def test_the_candidates_of_a_record_are_the_best_in_their_order(totals, limit, d
     assert [one.node for one in ranking.candidates(limit)] == [f"n{place}" for place in [chosen, *best][:limit]]
 
 
-@pytest.mark.parametrize("count", [2, 200])
-async def test_a_choice_is_explained_when_its_record_is_asked_for_and_among_many_nodes_at_once(count: int) -> None:
-    rig = await make_rig(FakeNodes([FakeNode(f"d{number}", Role.DECODER) for number in range(count)]))
+@pytest.mark.parametrize(("count", "policy"), [(2, "prefix_aware"), (200, "prefix_aware"), (200, "round_robin")])
+async def test_a_choice_is_explained_when_its_record_is_asked_for_and_never_holds_on_to_many_nodes(
+    count: int, policy: str
+) -> None:
+    compares_all = count == 200 and policy == "round_robin"
+    nodes = FakeNodes([FakeNode(f"d{number}", Role.DECODER) for number in range(count)])
+    rig = await make_rig(nodes, policy=make_policy(RoutingPolicy(policy)))
     decision = rig.dispatcher.route(RequestSpec("r", [1, 2, 3], SamplingParams(max_tokens=1)))
     async with rig.dispatcher.open(RequestSpec("r", [1, 2, 3], SamplingParams(max_tokens=1)), decision) as run:
         async for _ in run:
             pass
-    assert run.record.route is not None and len(run.record.route.candidates) == (16 if count == 200 else 0)
+    assert run.record.route is not None and len(run.record.route.candidates) == (16 if compares_all else 0)
+    held = [len(one.decoders.usable) for one in rig.log._unexplained.values()]
+    assert held == ([] if compares_all else [0 if count == 200 else 2])
     assert rig.log.briefs()[0].route == msgspec.structs.replace(run.record.route, candidates=[], ways=[])
     for record in (rig.log.find("r"), *rig.log.newest(), *rig.log.named("r")):
         assert record is run.record and record.route is not None
