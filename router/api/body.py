@@ -25,9 +25,12 @@ _COUNTED_AT_ONCE = 1 << 20
 def parse(raw: bytes, kind: type[_Kind], limits: BodyLimits = BodyLimits()) -> _Kind:
     """Decode and check the types. A field that is not obeyed is let pass if nothing depends on it or its value asks for
     nothing. Raises InvalidRequestError with `param`, PayloadTooLargeError for too many values."""
-    strict, is_large = strict_body(kind), len(raw) > limits.small_bytes
+    is_large = len(raw) > limits.small_bytes
     if is_large:
         _check_values(raw, limits)
+    elif (plain := _as_documented(raw, kind)) is not None:
+        return plain
+    strict = strict_body(kind)
     try:
         try:
             body: _Kind = _decode_large(raw, strict) if is_large else msgspec.json.decode(raw, type=strict)
@@ -40,6 +43,15 @@ def parse(raw: bytes, kind: type[_Kind], limits: BodyLimits = BodyLimits()) -> _
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
     _check_refused(body, kind)
+    return body
+
+
+def _as_documented(raw: bytes, kind: type[_Kind]) -> _Kind | None:
+    """Most bodies: then nothing is left to be looked at. None: another one, of which it must be said what is wrong."""
+    try:
+        body: _Kind = msgspec.json.decode(raw, type=documented_body(kind))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
     return body
 
 

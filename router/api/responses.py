@@ -36,12 +36,16 @@ class Turns:
     def __init__(self, longest_s: float = 0.005) -> None:
         """`longest_s`: as long as others may wait for their turn."""
         self._longest_s = longest_s
-        self._until = _now() + longest_s
+        self._until: float | None = None
+        """None: it has not begun."""
 
     @property
     def over(self) -> bool:
-        """Whether this work has gone on for long enough."""
-        return _now() >= self._until
+        """Whether this work has gone on for long enough, since it was first asked this."""
+        now = _now()
+        if self._until is None:
+            self._until = now + self._longest_s
+        return now >= self._until
 
     async def give_way(self) -> None:
         """Let others run, if it has."""

@@ -56,25 +56,26 @@ class Outputs:
         3. He fails at it: that is no fault of the leg that has brought it, so it is raised where he waits.
         4. He does not wait, as he has not read what came before, or does not read yet: it is queued.
         """
-        unread = self._unread
-        while unread and self.take is not None and self._reader is not None and not self._reader.done():
-            emit = unread.popleft()
+        # `take` may `drop` some: what is unread is looked at anew each time.
+        while self._unread and self.take is not None and self._reader is not None and not self._reader.done():
+            emit = self._unread.popleft()
             try:
                 taken = self.take(emit)
             except Exception as error:  # the reader's; see 3
                 self._reader_failed, taken = error, False
             if not taken:
-                unread.appendleft(emit)
+                self._unread.appendleft(emit)
                 self._wake_reader()
-        if unread:
-            if len(unread) >= self._most:
-                self.is_full = True
+        if len(self._unread) >= self._most and self.end is None:
+            self.is_full = True
+        if self._unread or self.end is not None:
             self._wake_reader()
 
     def close(self, end: Finish | Fail) -> None:
-        """No more will come."""
+        """No more will come. What has come with the end is delivered before its reader is woken."""
         self.end = end
-        self._wake_reader()
+        if not self._unread:
+            self._wake_reader()
         self._has_room()
 
     def drop(self, index: int) -> None:

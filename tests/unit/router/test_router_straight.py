@@ -227,6 +227,30 @@ async def test_outputs_keep_their_order_whatever_is_taken() -> None:
     assert (read, taken) == (list(range(9)), [1, 2, 6, 7, 8]), "5 comes behind 3 and 4, which were not taken"
 
 
+async def test_what_comes_with_the_end_is_taken_before_the_reader_is_woken_but_for_what_that_drops() -> None:
+    outputs, taken = Outputs(4), list[int]()
+
+    def take(one: Emit) -> bool:
+        taken.extend(one.token_ids)
+        if one.token_ids == [2]:
+            outputs.drop(0)
+        return True
+
+    async def reads() -> list[Emit]:
+        return [one async for one in outputs]
+
+    outputs.take = take
+    reading = asyncio.create_task(reads())
+    await asyncio.sleep(0)
+    for number in (1, 2, 3):
+        outputs.add(emit(number))
+    outputs.add(emit(4, index=1))
+    outputs.close(Finish())
+    outputs.deliver()
+    async with asyncio.timeout(60):
+        assert (await reading, taken) == ([], [1, 2, 4])
+
+
 async def test_what_a_reader_raises_is_raised_where_it_reads() -> None:
     outputs = Outputs(4)
 
