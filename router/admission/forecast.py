@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import msgspec
 
 from router.admission.limits import AdmissionLimits
-from router.routing.decision import Decision, Ranking
+from router.routing.decision import Decision
 from router.routing.views import NodeView
 
 
@@ -50,14 +50,20 @@ def forecast(decision: Decision, prompt_tokens: int, now: float, limits: Admissi
     route = decision.route
     assert route is not None
     tokens = max(1, prompt_tokens - route.expected_cached_tokens)
-    decodes = decision.decoders if decision.decoders.node is not None else decision.prefillers
-    assert decodes is not None and decodes.node is not None
-    computes = decision.prefillers if route.prefiller is not None and decision.prefillers is not None else decodes
-    computing, decoding = computes.node, decodes.node
-    assert computing is not None
+    decodes, decoding = decision.decoders, decision.decoders.node
+    if decoding is None:
+        assert decision.prefillers is not None
+        decodes, decoding = decision.prefillers, decision.prefillers.node
+    computes, computing = decodes, decoding
+    if route.prefiller is not None and decision.prefillers is not None:
+        computes, computing = decision.prefillers, decision.prefillers.node
+    assert decoding is not None and computing is not None
     own_s = (tokens / computing.prefill_rate if computing.prefill_rate else 0.0) + decoding.step_s
     preparing = min(limits.preparing, own_s / decoding.stay_s) if decoding.stay_s else 0.0
-    free, idle_in_s = _any_free(decodes, preparing), _idle_in_s(computes, now, limits)
+    free = _is_free(decoding, preparing) or any(_is_free(node, preparing) for node in decodes.usable)
+    idle_in_s = _nearly_done_s(computing, now, limits)
+    if idle_in_s:  # or another one has nearly nothing to do: then the policy, which knows that, has its reasons
+        idle_in_s = min([_nearly_done_s(node, now, limits) for node in computes.usable])
     look_in_s = idle_in_s if free and 0 < idle_in_s < math.inf else None
     room, stays = free and idle_in_s <= 0, computes is decodes
     return Forecast(room, own_s, tokens, now, computes.usable, decodes.usable, stays, idle_in_s, look_in_s)
@@ -71,19 +77,11 @@ def _free(node: NodeView, now: float) -> tuple[float, float]:
     return max(told_s, all_s / 2, all_s - (now - node.computing_since)), node.prefill_rate
 
 
-def _idle_in_s(ranking: Ranking, now: float, limits: AdmissionLimits) -> float:
-    """In how many seconds the chosen node has nearly nothing to compute, or at least another one has: then the policy,
-    which knows that, has its reasons. 0: now; inf: nobody knows."""
-    assert ranking.node is not None
-    if not _nearly_done_s(ranking.node, now, limits):
-        return 0.0
-    return min(_nearly_done_s(node, now, limits) for node in ranking.usable)
-
-
 def _nearly_done_s(node: NodeView, now: float, limits: AdmissionLimits) -> float:
-    """0 also for one of which nothing is known, or no more than a warm-up, by which all others would be late: it must
-    be tried. The next prompt is sent before the only one that it has is said to be done, so that the node has it in
-    time; with two nobody knows how far it is, and one that hangs gets no third."""
+    """In how many seconds it has nearly nothing to compute; inf: nobody knows. 0 also for one of which nothing is
+    known, or no more than a warm-up, by which all others would be late: it must be tried. The next prompt is sent
+    before the only one that it has is said to be done, so that the node has it in time; with two nobody knows how far
+    it is, and one that hangs gets no third."""
     if not node.prefill_rate or node.is_warm_up:
         return 0.0
     told_s = 0.0 if node.told is None else node.told.left_tokens(node.prefill_rate, now) / node.prefill_rate
@@ -92,11 +90,6 @@ def _nearly_done_s(node: NodeView, now: float, limits: AdmissionLimits) -> float
     if left_s <= 0:
         return others_s
     return max(others_s, left_s - (now - node.computing_since)) if node.prefills == 1 else math.inf
-
-
-def _any_free(ranking: Ranking, preparing: float) -> bool:
-    assert ranking.node is not None
-    return _is_free(ranking.node, preparing) or any(_is_free(node, preparing) for node in ranking.usable)
 
 
 def _is_free(node: NodeView, preparing: float) -> bool:
