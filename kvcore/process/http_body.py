@@ -11,6 +11,7 @@ from kvcore.process.http_exchange import exchange_of
 
 ENCODINGS = {"content-encoding": ("", "identity"), "transfer-encoding": ("", "identity", "chunked")}
 """By header, the codings that leave a body as it is."""
+_LENGTH_ALONE = {"content-length"}
 _OF_BODIES = {name.encode(): name for name in (*ENCODINGS, "content-length")}
 
 
@@ -42,7 +43,7 @@ async def body_of(scope: Scope, receive: Receive, limit: int, *, timeout_s: floa
     for name, value in reversed(scope["headers"]):  # of several that have one name the first counts
         if name in _OF_BODIES:
             given[_OF_BODIES[name]] = value.decode("latin-1")
-    if len(given) > 1 or "content-length" not in given:
+    if given.keys() != _LENGTH_ALONE:
         check_encoding(given)
     announced = given.get("content-length", "0")
     if announced.isdigit() and int(announced) > limit:

@@ -43,11 +43,12 @@ class RequestIds:
 
 
 class StraightWay:
-    """Sends posts to `paths` whose head asks nothing of what others pass straight to what guards the routes, and all
-    that is not one of them the `other` way. What is sent of their answers is then nobody's but the connection's."""
+    """Posts to `paths` that no web page sends, which are nearly all, go straight to what guards the routes: of all that
+    others pass they need an id alone. So nothing stands between what answers them and their connection, into which it
+    can be written. Others go the `other` way."""
 
     def __init__(self, ids: RequestIds, guarded: ASGIApp, paths: Collection[str], *, other: ASGIApp) -> None:
-        """`paths`: as they are. Their answers must be in OpenAI's form."""
+        """`paths`: Anthropic's among them go the other way, as their errors have another form."""
         self._ids, self._guarded, self._app = ids, guarded, other
         self._paths = frozenset(paths) - frozenset(ANTHROPIC_PATHS)
 

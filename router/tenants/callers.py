@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
@@ -17,8 +16,7 @@ _SCOPE = "kvferry.caller"
 _Begun = TypeVar("_Begun")
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """Of one request. `salt` None: no keys are configured, and a client's salt is taken as it is."""
 
     tenant: str = ""
