@@ -247,7 +247,7 @@ def straight(scope: Scope, send: Send) -> HttpExchange | None:
 
 def told_when_gone(
     scope: Scope, receive: Receive, leave: Callable[[], object]
-) -> "AbstractContextManager[None, bool | None]":
+) -> AbstractContextManager[None, bool | None]:
     """Calls `leave` when the client leaves while the block runs. The request's body has been read."""
     exchange = exchange_of(scope)
     return _told_by_message(receive, leave) if exchange is None else _ToldByExchange(exchange, leave)
