@@ -52,7 +52,7 @@ class Completions:
         n: int,
         max_tokens: int,
         min_tokens: int,
-        end_token_ids: frozenset[int],
+        end_token_ids: Container[int],
         *,
         logprobs: bool,
         scores: PromptScores | None,

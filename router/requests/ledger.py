@@ -20,7 +20,7 @@ cache; a leg that is tried again computes by itself. Which states there are, and
 Invariants: a request ends once; after that no leg runs; every token was emitted once, in order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from kvcore.errors import (
     CancelledByPeerError,
@@ -66,6 +66,8 @@ from router.requests.states import RequestState, check_transition
 class RequestMachine:
     """One request. Every method returns the actions to carry out, in order, before the next event."""
 
+    last_error: KVFerryError = NodeUnavailableError("no node can decode")
+
     def __init__(
         self,
         request_id: str,
@@ -75,7 +77,7 @@ class RequestMachine:
         max_tokens: int,
         attempts: int,
         num_chunks: int = 0,
-        end_token_ids: frozenset[int] = frozenset(),
+        end_token_ids: Container[int] = frozenset(),
         min_tokens: int = 0,
         logprobs: bool = False,
         scores: PromptScores | None = None,
@@ -102,16 +104,14 @@ class RequestMachine:
             limits=limits,
         )
         self._placement = DecoderPlacement(picker, limits)
-        self._last_error: KVFerryError | None = None
         self.decode_info: LegInfo | None = None
         self.state = RequestState.NEW
         self.ended = False
 
     def __repr__(self) -> str:
-        leg = self.prefill.running
-        prefill = f"prefill {leg.id} on {leg.node}" if leg else "no prefill"
-        done = f"{self.completion_tokens} tokens, {len(self.retries)} retries"
-        return f"<RequestMachine {self._id} {self.state}: {prefill}, {len(self._decodes.running)} decode legs, {done}>"
+        prefill = f"prefill {leg.id} on {leg.node}" if (leg := self.prefill.running) else "no prefill"
+        done = f"{len(self._decodes.running)} decode legs, {self.completion_tokens} tokens, {len(self.retries)} retries"
+        return f"<RequestMachine {self._id} {self.state}: {prefill}, {done}>"
 
     @property
     def cached_tokens(self) -> int:
@@ -126,20 +126,13 @@ class RequestMachine:
         return self.completions.num_tokens
 
     @property
-    def last_error(self) -> KVFerryError:
-        """How it lost its last decode leg."""
-        return self._last_error or NodeUnavailableError("no node can decode")
-
-    @property
     def complete(self) -> bool:
         """Whether every index has ended."""
         return not self.completions.unfinished
 
     def stalls(self, kind: str = "") -> int:
         """Legs that were given up as their nodes were silent; of this kind only, if given."""
-        if not self.retries:
-            return 0
-        return sum(code == NodeStalledError.code and of.startswith(kind) for of, code in self.retries)
+        return sum([code == NodeStalledError.code and of.startswith(kind) for of, code in self.retries])
 
     def runs(self, leg: str) -> bool:
         """Whether events of this decode leg still matter."""
@@ -210,8 +203,7 @@ class RequestMachine:
 
     def _set_state(self, event: RequestEvent | Route) -> None:
         before, self.state = self.state, self._state_of_now()
-        if self.state is not before:
-            check_transition(before, event, self.state)
+        check_transition(before, event, self.state)
 
     def _state_of_now(self) -> RequestState:
         if self.ended:
@@ -258,8 +250,7 @@ class RequestMachine:
             return self._cancel_failed(leg, changed)
         gave_up = delta.finish_reason is FinishReason.ABORT
         reason = None if gave_up else delta.finish_reason
-        if delta.info is not None:
-            self.decode_info = self.decode_info or delta.info
+        self.decode_info = self.decode_info or delta.info
         emit = self.completions.append(index, delta, reason)
         actions: list[Action] = [] if emit is None else [emit]
         if gave_up:
@@ -296,7 +287,7 @@ class RequestMachine:
         4. Else they are placed anew. A prefill leg whose KV only this leg would have fetched is cancelled.
         """
         fetching = leg.fetches
-        self._last_error = error = self._placement.failed(leg, error)
+        self.last_error = error = self._placement.failed(leg, error)
         self._decodes.remove(leg)
         actions: list[Action] = []
         for index in sorted(leg.indices):

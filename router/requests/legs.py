@@ -208,9 +208,9 @@ class RequestLegs:
             leg.watched.ended_well()
         leg.record.told(result)
         leg.record.note = "no_room" if result.no_room else None
-        self._prefilled(action.node, result)
-        if (node := services.cluster.nodes.get(action.node)) is not None and decoder is not None:
-            node.rates.wrote(result.moved, decoder.machine, services.clock.now())
+        self._prefilled(leg, result)
+        if result.moved and leg.work.node is not None and decoder is not None:
+            leg.work.node.rates.wrote(result.moved, decoder.machine, services.clock.now())
         self._listener.tell(PrefillDone(action.leg, result))
 
     def _not_handed_over(self, leg: _Leg, decoder: KnownNode | None) -> None:
@@ -245,13 +245,13 @@ class RequestLegs:
         self._services.cluster.chosen(action.node, spec.prompt_token_ids, spec.cache_salt)  # handed over by now
         self._services.cluster.computed(action.node, spec.prompt_token_ids, spec.cache_salt, spec.keys)
 
-    def _prefilled(self, node_id: str, done: PrefillResult | LegInfo) -> None:
+    def _prefilled(self, leg: _Leg, done: PrefillResult | LegInfo) -> None:
         """What this leg computed of the prompt tells how fast its node is."""
-        node = self._services.cluster.nodes.get(node_id)
-        if node is not None:
+        if (node := leg.work.node) is not None:
             now = self._services.clock.now()
             node.rates.prefilled(done.computed_tokens, done.timings.compute_s, now)
-            node.rates.moved(done.moved, now)
+            if done.moved:
+                node.rates.moved(done.moved, now)
             node.touch()
         if self._promoted_tokens and not (done.promoted or done.tier_choices):
             self._services.cluster.caches.not_promoted(self.spec.keys)
@@ -295,7 +295,7 @@ class RequestLegs:
         if not reading.missing and reading.spoke_at is not None:
             if leg.watched is not None:
                 leg.watched.ended_well()
-            if (node := services.cluster.nodes.get(action.node)) is not None:
+            if (node := leg.work.node) is not None:
                 now = services.clock.now()
                 node.rates.decoded(reading.tokens, n, now - reading.spoke_at, now)
                 node.touch()
@@ -305,7 +305,7 @@ class RequestLegs:
         leg.record.told(info)
         self.has_told = True
         self.approximate_tokens = max(self.approximate_tokens, info.approximate_tokens)
-        self._prefilled(leg.record.node, info)
+        self._prefilled(leg, info)
         self._services.cluster.leg_spoke(leg.work)
 
     def _generate_request(self, action: StartDecode, told: Documents | None, remaining_s: float) -> GenerateRequest:

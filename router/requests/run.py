@@ -10,8 +10,12 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
+
 from kvcore.errors import CancelledByPeerError, EngineError, KVFerryError
 from nodeapi.messages import TokenDelta
+from nodeapi.sampling import SamplingParams
+from router.nodes.cluster import Cluster
 from router.requests.completions import PromptScores
 from router.requests.events import (
     Action,
@@ -47,6 +51,19 @@ from router.routing.decision import Decision
 _log = logging.getLogger("router")
 _DEADLINE, _GONE = DeadlinePassed(), ClientGone()
 _FIRED = {timer: TimerFired(timer) for timer in RequestTimer}
+
+
+class _EndTokens(msgspec.Struct):
+    """Those that end a completion. Looked up when one is asked of: only where a leg dies behind the last token."""
+
+    cluster: Cluster
+    decoder: str
+    sampling: SamplingParams
+
+    def __contains__(self, token: object) -> bool:
+        if token in self.sampling.stop_token_ids:
+            return True
+        return not self.sampling.ignore_eos and token in self.cluster.eos_token_ids(self.decoder)
 
 
 class RequestRun:
@@ -95,9 +112,6 @@ class RequestRun:
         )
         self.rows, self.scores, self.flow, self.sequences = spec.rows, spec.scores, spec.flow, spec.sampling.n
         sampling = spec.sampling
-        ends = frozenset(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            ends |= services.cluster.eos_token_ids(route.decoder)
         self.machine = RequestMachine(
             spec.request_id,
             picker,
@@ -106,14 +120,12 @@ class RequestRun:
             min_tokens=sampling.min_tokens,
             attempts=services.config.attempts,
             num_chunks=self._legs.num_chunks(route.decoder, route.prefiller),
-            end_token_ids=ends,
+            end_token_ids=_EndTokens(services.cluster, route.decoder, sampling),
             logprobs=sampling.logprobs is not None,
             scores=None if (top := sampling.prompt_logprobs) is None else PromptScores(spec.prompt_token_ids, top),
             handoff=services.handoff,
             limits=services.limits,
         )
-        self._loop: asyncio.AbstractEventLoop
-        """It is entered on."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._timers: dict[str, RunningTimer] = {}
         self._telling: str | None = None
@@ -150,7 +162,6 @@ class RequestRun:
         self._opened.remove(self)
         self._services.log.open(self.record, self._decision)
         self._running.add(self)
-        self._loop = asyncio.get_running_loop()
         spent_s = self._services.clock.now() - self.started_at
         timeout_s = max(0.0, self._services.config.request_timeout_s - spent_s)
         self._timers["deadline"] = self._services.timers.start(self, _DEADLINE, timeout_s)
@@ -266,7 +277,7 @@ class RequestRun:
 
     def _spawn(self, action: StartPrefill | StartDecode) -> None:
         leg = action.leg
-        self._tasks[leg] = task = self._loop.create_task(self._legs.start(action))
+        self._tasks[leg] = task = asyncio.get_running_loop().create_task(self._legs.start(action))
         task.add_done_callback(lambda done: self._leg_task_ended(leg, done))
 
     def _leg_task_ended(self, leg: str, task: asyncio.Task[None]) -> None:

@@ -42,7 +42,7 @@ class Outputs:
     @property
     def num_unread_tokens(self) -> int:
         """Of those that were not read."""
-        return sum([len(emit.token_ids) for emit in self._unread])
+        return sum(len(emit.token_ids) for emit in self._unread) if self._unread else 0
 
     def add(self, emit: Emit) -> None:
         """The next one. `deliver` follows, once all is done that came with it."""

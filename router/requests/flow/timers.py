@@ -14,7 +14,7 @@ import msgspec
 from router.requests.events import RequestEvent
 
 
-class _Request(Protocol):
+class _Timed(Protocol):
     def tell(self, event: RequestEvent) -> None:
         """It happened."""
         ...
@@ -23,7 +23,7 @@ class _Request(Protocol):
 class RunningTimer(msgspec.Struct, eq=False):
     """`step`: at the end of which its request is told."""
 
-    request: _Request
+    request: _Timed
     event: RequestEvent
     step: int
 
@@ -44,7 +44,7 @@ class RequestTimers:
     def __repr__(self) -> str:
         return f"<RequestTimers {sum(len(those or ()) for those in self._due.values())} run>"
 
-    def start(self, request: _Request, event: RequestEvent, after_s: float) -> RunningTimer:
+    def start(self, request: _Timed, event: RequestEvent, after_s: float) -> RunningTimer:
         """Tell the request of the event in so many seconds."""
         loop = asyncio.get_running_loop()
         step = math.ceil((loop.time() + after_s) / self._step_s)
