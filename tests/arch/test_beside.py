@@ -25,7 +25,10 @@ def test_it_fails_where_either_does_and_shows_what_the_patient_one_said(
 def test_ended_early_it_ends_the_patient_one_and_what_that_has_started(tmp_path: Path) -> None:
     os.mkfifo(held := tmp_path / "held")
     patient = f"exec 3>{held}; sleep 600 & sleep 600"
-    with subprocess.Popen([SCRIPT, patient, f"cat {held}"], start_new_session=True) as script, held.open() as end:
+    command = [str(SCRIPT), patient, f"echo begun; cat {held}"]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE) as script, held.open() as end:
+        assert script.stdout is not None
+        assert script.stdout.readline() == b"begun\n"  # earlier the signal might come before what it is to end
         os.killpg(script.pid, signal.SIGTERM)
         assert script.wait(60) == 130
         assert end.read() == "", "nobody has it open for writing any more"
