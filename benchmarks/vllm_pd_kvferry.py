@@ -19,7 +19,7 @@ from benchmarks.vllm_pd_systems import FIRST_CORE, SECOND_CORE, SETTLE_S, Server
 from kvcore.chunk_keys import usable_chunks
 from kvcore.ports import base_url
 from nodeapi.client import HttpNodeClient
-from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest
+from nodeapi.messages import GenerateRequest, Handoff, PrefillRequest, TokenDelta
 from nodeapi.sampling import SamplingParams
 
 SEGMENT_CONTEXTS = 6
@@ -60,17 +60,30 @@ class KVFerry(Server):
             handoff=handoff,
             deadline_s=ASK_S,
         )
-        ttft_s: float | None = None
+        first = _FirstToken()
         began = time.perf_counter()
-        async with aclosing(self.client.generate(self.decoder, request, timeout_s=ASK_S)) as deltas:
-            async for delta in deltas:
-                if delta.token_ids and ttft_s is None:
-                    ttft_s = time.perf_counter() - began
-        return ttft_s
+        await self.client.generate(self.decoder, request, first, first_s=ASK_S, gap_s=ASK_S)
+        return None if first.at is None else first.at - began
 
     async def _prefill(self, prompt: list[int]) -> None:
         request = PrefillRequest(request_id=uuid.uuid4().hex, prompt_token_ids=prompt, deadline_s=ASK_S)
         await self.client.prefill(self.prefiller, request, timeout_s=ASK_S)
+
+
+class _FirstToken:
+    """A DeltaReader that notes when the first token came, `at`."""
+
+    at: float | None = None
+
+    def take(self, delta: TokenDelta) -> bool:
+        """See DeltaReader."""
+        if delta.token_ids and self.at is None:
+            self.at = time.perf_counter()
+        return True
+
+    async def ready(self) -> bool:
+        """See DeltaReader."""
+        return True
 
 
 def spent_of(record: Mapping[str, Any]) -> dict[str, float]:

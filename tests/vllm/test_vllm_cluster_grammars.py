@@ -8,6 +8,7 @@ import httpx
 import jsonschema
 import pytest
 from support.cluster import ClusterHandle
+from support.delta_readers import deltas_of
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
@@ -69,7 +70,7 @@ async def test_an_engine_goes_on_inside_the_form_that_another_began(subject: Clu
         )
         nodes = HttpNodeClient(connect_timeout_s=5, max_connections=2)
         try:
-            deltas = [delta async for delta in nodes.generate(subject.node_url("decode-0"), wanted, timeout_s=60)]
+            deltas = await deltas_of(nodes, subject.node_url("decode-0"), wanted, timeout_s=60)
         finally:
             await nodes.aclose()
         more = [token for delta in deltas for token in delta.token_ids]
