@@ -31,6 +31,7 @@ from kvferry.launch.launcher import Launcher
 from kvferry.launch.processes import ProcessKind, plan_processes
 from nodeapi.messages import NodeReport
 from nodeapi.sampling import SamplingParams
+from router.text.detokenizer import Detokenizer
 from router.text.tokenizer import ByteTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -204,12 +205,13 @@ class OwnCluster:
 
 
 def sim_text(prompt: str, max_tokens: int) -> str:
-    """What the simulated engine answers, from tokens alone."""
+    """What the simulated engine answers, from tokens alone. One that is cut within a character ends before it."""
     engine = msgspec.convert(ENGINES["sim"], SimEngineConfig)
     tokenizer = ByteTokenizer(engine.vocab_size)
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    (tokens,) = expected_tokens(engine, tokenizer.encode(prompt), sampling)
-    return tokenizer.decode(tokens)
+    asked = tokenizer.encode(prompt)
+    (tokens,) = expected_tokens(engine, asked, sampling)
+    return Detokenizer(tokenizer, asked).feed(tokens)
 
 
 def _tiny_model(folder: Path) -> str:
