@@ -1,6 +1,7 @@
 """What a policy sees: the request, the usable nodes at one moment, and why the others are not. Values only."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
@@ -148,20 +149,15 @@ class NodeKind(NamedTuple):
     @classmethod
     def of(cls, node: NodeView) -> "NodeKind":
         """This one's."""
-        fits = node.fingerprint, node.max_context, node.doubtful
-        return cls(*fits, node.lacks, node.adapters, node.takes_documents)
+        return cls._make(_kind_of(node))
+
+
+_kind_of: Callable[[NodeView], tuple[object, ...]] = attrgetter(*NodeKind._fields)
 
 
 def same_kind(one: NodeView, other: NodeView) -> bool:
-    """Whether filters see no difference between them: both have the same NodeKind."""
-    return (
-        one.doubtful is other.doubtful
-        and one.fingerprint == other.fingerprint
-        and one.max_context == other.max_context
-        and one.lacks == other.lacks
-        and one.adapters == other.adapters
-        and one.takes_documents is other.takes_documents
-    )
+    """Whether filters see no difference between them: both have the same NodeKind, of which none need be made."""
+    return _kind_of(one) == _kind_of(other)
 
 
 class NodeViews(tuple[NodeView, ...]):
