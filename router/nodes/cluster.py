@@ -213,11 +213,9 @@ class Cluster:
         """The node is to have the KV of this prompt in its own cache. Nodes of ours tell what lies in their memory."""
         self.caches.chosen(node_id, prompt_token_ids, salt)
 
-    def computed(
-        self, node_id: str, prompt_token_ids: Sequence[int], salt: bytes, kept: KeptKeys | None = None
-    ) -> None:
-        """The node has the KV of this prompt in its own cache now. Nodes of ours tell what lies in their memory, not
-        what their engines have read out of others'. `kept`: as for `hits`."""
+    def computed(self, node_id: str, kept: KeptKeys) -> None:
+        """The node has the KV of the prompt with these keys in its own cache now. Nodes of ours tell what lies in their
+        memory, not what their engines have read out of others'. `kept`: as for `hits`."""
         if kept and (engine := self._engine(node_id)) is not None:
             self.caches.computed(node_id, engine, self.nodes[node_id].fingerprint, kept)
 

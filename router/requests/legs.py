@@ -243,7 +243,7 @@ class RequestLegs:
             return
         spec = self.spec
         self._services.cluster.chosen(action.node, spec.prompt_token_ids, spec.cache_salt)  # handed over by now
-        self._services.cluster.computed(action.node, spec.prompt_token_ids, spec.cache_salt, spec.keys)
+        self._services.cluster.computed(action.node, spec.keys)
 
     def _prefilled(self, leg: _Leg, done: PrefillResult | LegInfo) -> None:
         """What this leg computed of the prompt tells how fast its node is."""

@@ -189,9 +189,8 @@ def _text_options(request: AnyRequest, reading: AnswerReading | None) -> TextOpt
 def _priority(value: int | None) -> int:
     if not value:
         return 0
-    priority = value
-    require(-INT64 <= priority < INT64, "priority", "must be a 64-bit integer")
-    return priority
+    require(-INT64 <= value < INT64, "priority", "must be a 64-bit integer")
+    return value
 
 
 def bad_words_of(request: AnyRequest, limits: ApiLimits) -> list[str]:

@@ -27,7 +27,7 @@ def holders(rig: Rig, kept: KeptKeys) -> PrefixHits:
 
 async def test_a_node_holds_what_it_has_read_as_far_as_it_is_in_some_memory():
     rig, kept = await rig_with(6)
-    rig.cluster.computed("d1", PROMPT, b"", kept)
+    rig.cluster.computed("d1", kept)
     assert holders(rig, kept) == PrefixHits(6, {"d0": 6, "d1": 6}, machine="h")
     (keys,) = kept.values()
     rig.cluster.index.store("p0", keys[6:], "p0.1")
@@ -39,9 +39,9 @@ async def test_a_node_holds_what_it_has_read_as_far_as_it_is_in_some_memory():
 
 async def test_a_node_in_whose_memory_all_of_it_lies_has_read_nothing_of_others():
     rig, kept = await rig_with(10)
-    rig.cluster.computed("d0", PROMPT, b"", kept)
-    rig.cluster.computed("nobody", PROMPT, b"", kept)
-    rig.cluster.computed("d1", PROMPT, b"", {})
+    rig.cluster.computed("d0", kept)
+    rig.cluster.computed("nobody", kept)
+    rig.cluster.computed("d1", {})
     assert "0 chunks in 0 engines" in repr(rig.cluster.caches)
 
 
@@ -53,11 +53,11 @@ async def test_an_engine_that_started_anew_or_is_away_has_nothing():
         replace(node.report, engine_restarts=node.report.engine_restarts + 1),
         replace(node.report, node=replace(node.report.node, incarnation=node.report.node.incarnation + 1)),
     ):
-        rig.cluster.computed("d1", PROMPT, b"", kept)
+        rig.cluster.computed("d1", kept)
         assert holders(rig, kept).by_node == {"d0": 6, "d1": 6}
         rig.cluster.reported(node, changed)
         assert holders(rig, kept).by_node == {"d0": 6}
-    rig.cluster.computed("d1", PROMPT, b"", kept)
+    rig.cluster.computed("d1", kept)
     node.problem = "no answer"
     rig.cluster.probed(node, None)
     assert holders(rig, kept).by_node == {"d0": 6, "d1": 6}, "not for one late answer"
