@@ -71,6 +71,8 @@ class _RunningNode:
     settings: Callable[[], str]
     tiers: NodeTiers | None = None
     api: ControlApi | None = None
+    may_join: Callable[[], bool] = lambda: True
+    """Whether a metadata server that does not know the node yet is still waited for."""
 
     def engine(self) -> EngineProcess:
         """The present engine. Raises NodeUnavailableError while there is none."""
@@ -84,6 +86,8 @@ class _RunningNode:
             return f"the metadata server refuses this node: {self.membership.refused}"
         if self.supervisor is not None and not self.supervisor.ready:
             return "the node's engine is starting"
+        if not self.membership.joined and self.may_join():
+            return "no metadata server knows the node yet: what it computes would not be stored"
         if self.tiers is not None and self.membership.joined and not self.tiers.announced:
             return "the metadata server is being told what lies on the node's disk"
         return None
@@ -190,6 +194,8 @@ async def run_node(
     await _serve(node.api, _gate(trust, clock, settings.host, port), listener, lifecycle, metrics=metrics, trust=trust)
     if node.supervisor is not None:
         await node.supervisor.wait_ready()
+    join_by = clock.now() + limits.join_s
+    node.may_join = lambda: clock.now() < join_by
     refused = membership.refused or None
     lifecycle.ready(node=name, role=settings.role, url=info.control_url, segment=owner.segment.id, refused=refused)
     await lifecycle.stopping.wait()

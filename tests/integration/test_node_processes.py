@@ -76,6 +76,28 @@ async def gone(pid: int) -> None:
     await until(ended)
 
 
+async def test_a_node_is_ready_when_a_metadata_server_knows_it(tmp_path: Path) -> None:
+    """Else the first prompts after `ready` would be computed, and stored nowhere."""
+    async with cluster(tmp_path) as subject:
+        await subject.start("d0", "s0")
+
+        async def health(name: str) -> tuple[int, str]:
+            async with subject.session.get(subject.url(name) + "/health") as reply:
+                return reply.status, await reply.text()
+
+        for name in ("d0", "s0"):
+            status, why = await health(name)
+            assert status == 503 and "no metadata server knows the node yet" in why
+        await subject.start("metadata")
+        for name in ("d0", "s0"):
+
+            async def is_ready(name: str = name) -> bool:
+                return (await health(name))[0] == 200
+
+            await until(is_ready)
+            assert name in {node.id for node in (await subject.stats()).nodes if node.fingerprint or name == "s0"}
+
+
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 async def test_what_one_node_prefilled_another_generates_from(tmp_path: Path, transport: str) -> None:
     async with cluster(tmp_path, transport=transport) as subject:
