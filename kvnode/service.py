@@ -156,16 +156,7 @@ async def run_node(
     membership = Memberships(
         client, info, lambda: [owner.segment], owner.manifests, ttl_s=config.metadata_server.node_ttl_s, limits=limits
     )
-    prober = PeerProber(
-        node=info,
-        host_id=owner.segment.host_id,
-        metadata=client,
-        transport=config.transport,
-        store=config.store,
-        clock=clock,
-        open_transfer=partial(build_transfer, trust=trust),
-        limits=limits,
-    )
+    prober = _prober(config, info, owner, client, clock=clock, limits=limits)
     owner.on_change = membership.announce_again
     tiers = await stack.enter_async_context(start_tiers(config, membership, owner, client, clock, trust=trust))
     weights = EngineWeights(config, clock)
@@ -194,12 +185,17 @@ async def run_node(
     await _serve(node.api, _gate(trust, clock, settings.host, port), listener, lifecycle, metrics=metrics, trust=trust)
     if node.supervisor is not None:
         await node.supervisor.wait_ready()
-    join_by = clock.now() + limits.join_s
-    node.may_join = lambda: clock.now() < join_by
+    node.may_join = _within(limits.join_s, clock)
     refused = membership.refused or None
     lifecycle.ready(node=name, role=settings.role, url=info.control_url, segment=owner.segment.id, refused=refused)
     await lifecycle.stopping.wait()
     await node.api.drain(config.service.drain_s)
+
+
+def _within(seconds: float, clock: Clock) -> Callable[[], bool]:
+    """Whether so long has not passed yet since now."""
+    end = clock.now() + seconds
+    return lambda: clock.now() < end
 
 
 def own_settings(config: ClusterConfig, name: str, lifecycle: Lifecycle) -> Callable[[], str]:
@@ -214,6 +210,27 @@ def own_settings(config: ClusterConfig, name: str, lifecycle: Lifecycle) -> Call
 def draw_incarnation() -> int:
     """Tells this start of the node from all others; no clock, which may step back. JSON's readers keep its 53 bits."""
     return 1 + secrets.randbelow((1 << 53) - 1)
+
+
+def _prober(
+    config: ClusterConfig,
+    node: NodeInfo,
+    owner: SegmentOwner,
+    client: MetadataClient,
+    *,
+    clock: Clock,
+    limits: NodeLimits,
+) -> PeerProber:
+    return PeerProber(
+        node=node,
+        host_id=owner.segment.host_id,
+        metadata=client,
+        transport=config.transport,
+        store=config.store,
+        clock=clock,
+        open_transfer=partial(build_transfer, trust=owner.trust),
+        limits=limits,
+    )
 
 
 def _start_mover(
