@@ -86,8 +86,8 @@ class _RunningNode:
             return f"the metadata server refuses this node: {self.membership.refused}"
         if self.supervisor is not None and not self.supervisor.ready:
             return "the node's engine is starting"
-        if not self.membership.joined and self.may_join():
-            return "no metadata server knows the node yet: what it computes would not be stored"
+        if not self.membership.joined_all and self.may_join():
+            return "the metadata server does not know the node yet: what it computes would not be stored"
         if self.tiers is not None and self.membership.joined and not self.tiers.announced:
             return "the metadata server is being told what lies on the node's disk"
         return None

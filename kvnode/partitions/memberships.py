@@ -48,6 +48,11 @@ class Memberships:
         return any(each.joined for each in self._each)
 
     @property
+    def joined_all(self) -> bool:
+        """Whether, as far as we know, every one of them knows us."""
+        return all(each.joined for each in self._each)
+
+    @property
     def refused(self) -> str:
         """Why a metadata server does not take the node in; empty: none has said so."""
         return "; ".join(dict.fromkeys(each.refused for each in self._each if each.refused))

@@ -87,7 +87,7 @@ async def test_a_node_is_ready_when_a_metadata_server_knows_it(tmp_path: Path) -
 
         for name in ("d0", "s0"):
             status, why = await health(name)
-            assert status == 503 and "no metadata server knows the node yet" in why
+            assert status == 503 and "the metadata server does not know the node yet" in why
         await subject.start("metadata")
         for name in ("d0", "s0"):
 
