@@ -24,8 +24,8 @@ class NodeLimits:
     lease_first_backoff_s: float = 0.1
     """After the first failure of a heartbeat; each one doubles it, up to a heartbeat's period."""
     join_s: float = 10.0
-    """After its engine is ready a node that no metadata server knows says for this long that it is not ready. Then it
-    says that it is: it serves, and stores nothing."""
+    """After its engine is ready a node that the metadata server, or a partition of it, does not know says for this long
+    that it is not ready. Then it says that it is: it serves, and stores nothing there."""
     give_back_s: float = 1.0
     """What is given back to the metadata server is told it for this long; then it expires there."""
     engine_first_backoff_s: float = 0.2

@@ -6,6 +6,7 @@ segment go.
 
 import asyncio
 import logging
+import math
 import secrets
 import socket
 import sys
@@ -69,10 +70,11 @@ class _RunningNode:
     weights: EngineWeights
     mover: ChunkMover
     settings: Callable[[], str]
+    clock: Clock
     tiers: NodeTiers | None = None
     api: ControlApi | None = None
-    may_join: Callable[[], bool] = lambda: True
-    """Whether a metadata server that does not know the node yet is still waited for."""
+    join_by: float = math.inf
+    """Until then a metadata server that does not know the node yet is waited for; known once the engine is ready."""
 
     def engine(self) -> EngineProcess:
         """The present engine. Raises NodeUnavailableError while there is none."""
@@ -86,7 +88,7 @@ class _RunningNode:
             return f"the metadata server refuses this node: {self.membership.refused}"
         if self.supervisor is not None and not self.supervisor.ready:
             return "the node's engine is starting"
-        if not self.membership.joined_all and self.may_join():
+        if not self.membership.joined_all and self.clock.now() < self.join_by:
             return "the metadata server does not know the node yet: what it computes would not be stored"
         if self.tiers is not None and self.membership.joined and not self.tiers.announced:
             return "the metadata server is being told what lies on the node's disk"
@@ -162,7 +164,8 @@ async def run_node(
     weights = EngineWeights(config, clock)
     mover = _start_mover(config, owner, membership, client, lifecycle, clock=clock, limits=limits)
     supervisor = _supervisor(weights, membership, [prober.work, mover.work], tiers, clock=clock, limits=limits)
-    node = _RunningNode(owner, membership, supervisor, weights, mover, own_settings(config, name, lifecycle), tiers)
+    own = own_settings(config, name, lifecycle)
+    node = _RunningNode(owner, membership, supervisor, weights, mover, own, clock, tiers)
     lifecycle.describe.append(lambda: map(repr, (membership, node.supervisor, weights, owner, prober, mover, tiers)))
     if node.supervisor is not None:
         engine = lifecycle.tasks.create_task(node.supervisor.run(), name="engine")
@@ -185,17 +188,11 @@ async def run_node(
     await _serve(node.api, _gate(trust, clock, settings.host, port), listener, lifecycle, metrics=metrics, trust=trust)
     if node.supervisor is not None:
         await node.supervisor.wait_ready()
-    node.may_join = _within(limits.join_s, clock)
+    node.join_by = clock.now() + limits.join_s
     refused = membership.refused or None
     lifecycle.ready(node=name, role=settings.role, url=info.control_url, segment=owner.segment.id, refused=refused)
     await lifecycle.stopping.wait()
     await node.api.drain(config.service.drain_s)
-
-
-def _within(seconds: float, clock: Clock) -> Callable[[], bool]:
-    """Whether so long has not passed yet since now."""
-    end = clock.now() + seconds
-    return lambda: clock.now() < end
 
 
 def own_settings(config: ClusterConfig, name: str, lifecycle: Lifecycle) -> Callable[[], str]:
