@@ -42,6 +42,7 @@ from router.api.openai_responses.request import ResponsesRequest
 from router.api.openai_responses.routes import ResponsesDoor
 from router.api.pooling_routes import PoolingServers, add_pooling_routes
 from router.api.responses import AnswerResponse, JsonReply, error_response, failed_event
+from router.api.silences import Silences
 from router.api.text_routes import add_probe_routes, add_text_routes
 from router.api.tokens_in.asked import generate_asked
 from router.api.tokens_in.request import GenerateBody
@@ -157,6 +158,7 @@ def _add_openai(
     """Returns the endpoints of the token routes, by path."""
     endpoints: dict[str, Endpoint] = {}
     starts = AnswerStart(answerer, limits, no_node=no_node, habits=habits)
+    silences = Silences(limits.look_s)
 
     def generates(
         name: str,
@@ -173,7 +175,9 @@ def _add_openai(
             wants = await asked(parse(raw, kind), caller_of(scope), len(raw))
             start = partial(starts.start, wants, scope, f"{id_prefix}{new_id()}")
             stream = bool(wants.body.stream)
-            return AnswerResponse(start, stream=stream, send_timeout_s=limits.send_timeout_s, failed=failed)
+            return AnswerResponse(
+                start, stream=stream, send_timeout_s=limits.send_timeout_s, failed=failed, silences=silences
+            )
 
         @app.post(path, name=name, **openapi.answers(kind, error))
         async def documented() -> Response:

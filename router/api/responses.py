@@ -20,6 +20,7 @@ from router.admission.no_node import Tell
 from router.api.formats.formatter import Formatter
 from router.api.http_errors import headers_for, reply_of
 from router.api.out import ClientGoneError, Out, out_of
+from router.api.silences import Silences
 from router.client_answer import ClientAnswer, TextPiece
 
 APPROXIMATE = b"x-kvferry-approximate"
@@ -84,8 +85,8 @@ class _StreamSink:
         self._formatter, self._turns, self._out, self._begin = formatter, turns, out, begin
         self._exchange = exchange
         self._opening = b"".join(formatter.opening())  # now: it says how many tokens there have been
-        self.begun = False
-        """The head and the first piece, if there is any, are out."""
+        self.begun = self.silent = False
+        """`begun`: the head and the first piece, if there is any, are out. `silent`: see Silences."""
 
     @property
     def takes(self) -> bool:
@@ -95,10 +96,17 @@ class _StreamSink:
     def put(self, piece: TextPiece) -> None:
         """See PieceSink."""
         assert self._exchange is not None, "it takes none"
+        self.silent = False
         self._exchange.write(self._formatter.chunk(piece))
+
+    def comment(self, text: bytes) -> None:
+        """See Silences."""
+        if self._exchange is not None and self._exchange.takes:
+            self._exchange.write(text)
 
     async def give(self, piece: TextPiece) -> None:
         """See PieceSink."""
+        self.silent = False
         if not self.begun:
             await self.begin(piece)
         elif body := self._formatter.chunk(piece):
@@ -137,7 +145,8 @@ class AnswerResponse:
 
     `start(tell)`: makes the answer and its formatter, and calls `tell` now and then while it waits for a node: a client
     of a stream gets its head and a comment then. `send_timeout_s`: a client that takes nothing for so long is gone.
-    `failed`: the event of an error in a stream that has not got to its formatter.
+    `failed`: the event of an error in a stream that has not got to its formatter. `silences`: by which streams are
+    kept open.
     """
 
     def __init__(
@@ -147,11 +156,13 @@ class AnswerResponse:
         stream: bool,
         send_timeout_s: float,
         failed: Callable[[KVFerryError], bytes],
+        silences: Silences,
     ) -> None:
         self._start = start
         self._stream = stream
         self._send_timeout_s = send_timeout_s
         self._failed = failed
+        self._silences = silences
         self._made: ClientAnswer | None = None
         self._begun = False
         """The head of a stream is out."""
@@ -221,6 +232,7 @@ class AnswerResponse:
         #   2. after it: the status is out, so the error is the last event, and `[DONE]` does not follow;
         #   3. by the client, at any send: nothing can be said to it any more.
         stream = _StreamSink(formatter, turns, out, partial(self._begin, out), exchange)
+        self._silences.watch(stream)
         try:
             await answer.give_to(stream)
             await stream.begin()
@@ -236,6 +248,8 @@ class AnswerResponse:
                 raise
             _log.exception("stream_failed")
             last = formatter.failure(EngineError("internal error"))
+        finally:
+            self._silences.leave(stream)
         await out.part(last, more=False)
 
     async def _tell(self, out: Out) -> None:
