@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from hashlib import sha256
-from typing import NewType
+from typing import Annotated, NewType
 
 import msgspec
 
@@ -11,6 +11,9 @@ ChunkKey = NewType("ChunkKey", bytes)
 
 OwnerTag = NewType("OwnerTag", bytes)
 """8 bytes that stand for a tenant, where its salt must not be known; see `kvcore.chunk_keys`."""
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+"""In what others send us: no tokenizer takes other numbers."""
 
 
 class Role(StrEnum):

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import msgspec
 
-from kvcore.types import KVSpec, NodeInfo, Segment
+from kvcore.types import KVSpec, NodeInfo, Segment, TokenId
 from nodeapi.adapters import ServedAdapter
 from nodeapi.documents import UNKNOWN, Documents
 from nodeapi.prompt_logprobs import PromptLogprobs
@@ -170,7 +170,7 @@ class TokenLogprob(_TolerantMessage, frozen=True, kw_only=True):
     """Natural logarithm of the probability of one emitted token, and the likeliest alternatives as (id, logprob)."""
 
     logprob: float
-    top: list[tuple[int, float]] = []
+    top: list[tuple[TokenId, float]] = []
 
 
 class FinishReason(StrEnum):
@@ -204,10 +204,10 @@ class TokenDelta(_TolerantMessage, frozen=True, kw_only=True, tag="delta"):
     """New tokens of completion `index`. `finish_reason` is set in the last delta of each index, which may be empty."""
 
     index: int = 0
-    token_ids: list[int] = []
+    token_ids: list[TokenId] = []
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
+    stop_token_id: TokenId | None = None
     """The stop or end-of-sequence token that ended it (also the last of `token_ids`)."""
     info: LegInfo | None = None
     prompt_logprobs: PromptLogprobs | None = None

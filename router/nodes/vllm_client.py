@@ -96,9 +96,7 @@ class VllmClient:
         """See NodeClient."""
         body = prefill_body(self._name(request.cache_salt), self._kind, request)
         where, headers = f"{url}/v1/completions", {"X-Request-Id": request.request_id}
-        result = prefill_result(
-            await self._calls.fetch("POST", where, body, timeout_s, headers), request.request_id, url
-        )
+        result = prefill_result(await self._calls.fetch("POST", where, body, timeout_s, headers), request, url)
         if self._kind.traits.decode_after_prefill and not result.handoff_params and url not in self._without_params:
             self._without_params.add(url)
             log_fields(_log, logging.WARNING, "prefiller_hands_nothing_over", url=url, why="no NixlConnector there?")
@@ -119,7 +117,13 @@ class VllmClient:
         sequences = num_sequences(request.sampling)
         copies = range(request.sampling.n if sequences == 1 else 1)
         sampling = request.sampling
-        stream = CompletionStream(n=sequences, logprobs=sampling.logprobs, url=url, listed=sampling.logprob_token_ids)
+        stream = CompletionStream(
+            n=sequences,
+            logprobs=sampling.logprobs,
+            url=url,
+            listed=sampling.logprob_token_ids,
+            prompt_tokens=len(request.prompt_token_ids),
+        )
         scores = await self._scores(url, request, first_s)
         with await self._calls.open("POST", where, body, first_s, headers) as answer:
             now = asyncio.get_running_loop().time
@@ -142,6 +146,7 @@ class VllmClient:
                             return
                     until = now() + gap_s
                 if not data:
+                    stream.check_broken_off()
                     return
             answer.finished = True  # but for the body's end, which [DONE] announced: the connection is kept
 

@@ -3,6 +3,7 @@
 Fields as in vLLM 0.32: `entrypoints/openai/completion/protocol.py`, `entrypoints/serve/engine/protocol.py`.
 """
 
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
@@ -17,12 +18,16 @@ from kvcore.errors import (
     OverloadedError,
     PayloadTooLargeError,
 )
-from nodeapi.messages import FinishReason, LegInfo, PrefillResult, TokenDelta, TokenLogprob
+from kvcore.types import TokenId
+from nodeapi.messages import FinishReason, LegInfo, PrefillRequest, PrefillResult, TokenDelta, TokenLogprob
 from nodeapi.prompt_logprobs import MOST_ENTRIES, PromptLogprobs, PromptRow
 
 MAX_EVENT_BYTES = 8 << 20
 """The first event of each choice repeats the prompt's token ids."""
 _NO_PARAMS = b"null"
+_OTHER_LINES = (b":", b"event:", b"id:", b"retry:")
+"""Of a stream of events, beside its data."""
+_MAX_SAID = 200
 _TOKEN = "token_id:"
 
 
@@ -31,13 +36,13 @@ class _Details(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
     prompt_tokens_details: _Details | None = None
 
-    @property
-    def cached_tokens(self) -> int | None:
-        """None: the server was not started with --enable-prompt-tokens-details."""
-        return self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else None
+    def cached_tokens(self, prompt_tokens: int) -> int | None:
+        """Of a prompt of so many tokens. None: the server was not started with --enable-prompt-tokens-details, or says
+        what cannot be."""
+        cached = self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else None
+        return cached if cached is not None and 0 <= cached <= prompt_tokens else None
 
 
 class _Error(msgspec.Struct):
@@ -58,10 +63,10 @@ class _Logprobs(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     index: int
-    token_ids: list[int] | None = None
+    token_ids: list[TokenId] | None = None
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
-    stop_reason: int | str | None = None
+    stop_reason: TokenId | str | None = None
 
 
 class _Event(msgspec.Struct):
@@ -93,20 +98,22 @@ _whole = msgspec.json.Decoder(_Whole)
 _scored = msgspec.json.Decoder(_Scored)
 _scores = msgspec.json.Decoder(dict[str, _Score])
 _event = msgspec.json.Decoder(_Event)
+_token = msgspec.json.Decoder(TokenId)
 
 
-def prefill_result(raw: bytes, request_id: str, url: str) -> PrefillResult:
+def prefill_result(raw: bytes, request: PrefillRequest, url: str) -> PrefillResult:
     """A prefill leg's answer, with what it says for the decode leg verbatim. Raises NodeUnavailableError."""
     try:
         reply = _whole.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise NodeUnavailableError(f"{url} sent an answer that cannot be read: {error}") from error
     params = bytes(reply.kv_transfer_params)
-    cached = reply.usage.cached_tokens or 0
+    prompt_tokens = len(request.prompt_token_ids)
+    cached = reply.usage.cached_tokens(prompt_tokens) or 0
     return PrefillResult(
-        request_id=request_id,
+        request_id=request.request_id,
         cached_tokens=cached,
-        computed_tokens=max(0, reply.usage.prompt_tokens - cached),
+        computed_tokens=prompt_tokens - cached,
         stored_chunks=0,
         handoff_params=b"" if params == _NO_PARAMS else params,
     )
@@ -123,7 +130,7 @@ def prompt_scores(raw: bytes, prompt: Sequence[int], top: int, url: str) -> Iter
         for start in range(1, len(prompt), step):
             part = zip(prompt[start : start + step], told[start : start + step], strict=True)
             yield PromptLogprobs.pack(start, top, [_prompt_row(token, _scores.decode(one), top) for token, one in part])
-    except (msgspec.DecodeError, UnicodeDecodeError, LookupError, ValueError) as error:
+    except (msgspec.DecodeError, LookupError, ValueError, OverflowError, struct.error) as error:
         raise NodeUnavailableError(f"{url} sent logprobs of a prompt that cannot be read: {error}") from error
 
 
@@ -143,13 +150,17 @@ class CompletionStream:
     out without. Every method raises the error that the server sent, or NodeUnavailableError for what cannot be read.
     """
 
-    def __init__(self, *, n: int, logprobs: int | None, url: str, listed: Sequence[int] = ()) -> None:
-        """`listed`: tokens that logprobs are of, instead of the likeliest."""
+    def __init__(
+        self, *, n: int, logprobs: int | None, url: str, listed: Sequence[int] = (), prompt_tokens: int = 0
+    ) -> None:
+        """`listed`: tokens that logprobs are of, instead of the likeliest. `prompt_tokens`: of the prompt, without what
+        was generated before."""
+        self._prompt_tokens = prompt_tokens
         self._open = set(range(n))
         self._logprobs = logprobs
         self._listed = [f"{_TOKEN}{token}" for token in listed]
         self._url = url
-        self._rest = b""
+        self._rest = self._stray = b""
         self._last: TokenDelta | None = None
         self._begun = False
         self.ended = False
@@ -168,6 +179,7 @@ class CompletionStream:
         deltas: list[TokenDelta] = []
         for line in lines:
             if not line.startswith(b"data:"):  # the empty line between two events, a comment that keeps alive
+                self._note_stray(line)
                 continue
             payload = line[5:].strip()
             if payload == b"[DONE]":
@@ -181,6 +193,18 @@ class CompletionStream:
         last, self._last = self._last, None
         return [last] if last is not None else []
 
+    def check_broken_off(self) -> None:
+        """The answer is over. Raises NodeUnavailableError where it was no stream of events at all."""
+        if not self._rest.startswith(b"data:"):
+            self._note_stray(self._rest)
+        if self._stray and not self._begun:
+            said = self._stray[:_MAX_SAID].decode(errors="replace")
+            raise NodeUnavailableError(f"{self._url} answered no stream of events, but {said!r}")
+
+    def _note_stray(self, line: bytes) -> None:
+        if line.strip() and not line.startswith(_OTHER_LINES):
+            self._stray = self._stray or line.strip()
+
     def _one(self, payload: bytes) -> list[TokenDelta]:
         try:
             event = _event.decode(payload)
@@ -193,6 +217,8 @@ class CompletionStream:
         deltas: list[TokenDelta] = []
         for choice in event.choices:
             self._begun = True
+            if choice.index not in self._open:
+                raise EngineError(f"{self._url} sent something of sequence {choice.index}, which is not under way")
             delta = self._delta(choice)
             if delta.finish_reason is not None:
                 self._open.discard(delta.index)
@@ -204,9 +230,9 @@ class CompletionStream:
 
     def _with_info(self, usage: _Usage) -> TokenDelta:
         (last,) = self.flush()
-        if (cached := usage.cached_tokens) is None:
+        if (cached := usage.cached_tokens(self._prompt_tokens)) is None:
             return last
-        info = LegInfo(cached_tokens=cached, computed_tokens=max(0, usage.prompt_tokens - cached))
+        info = LegInfo(cached_tokens=cached, computed_tokens=self._prompt_tokens - cached)
         return msgspec.structs.replace(last, info=info)
 
     def _delta(self, choice: _Choice) -> TokenDelta:
@@ -235,9 +261,10 @@ class CompletionStream:
 
     def _token_id(self, name: str) -> int:
         digits = name.removeprefix(_TOKEN)
-        if digits == name or not digits.isdecimal():
-            raise NodeUnavailableError(f"{self._url} names a token {name[:40]!r}, not {_TOKEN}ID")
-        return int(digits)
+        try:
+            return _token.decode(digits if digits != name else "")
+        except msgspec.DecodeError:
+            raise NodeUnavailableError(f"{self._url} names a token {name[:40]!r}, not {_TOKEN}ID") from None
 
 
 def _ending(choice: _Choice, url: str) -> tuple[FinishReason | None, int | None]:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 from aiohttp import web
 from support.delta_readers import deltas_of
@@ -11,7 +12,8 @@ from support.router_fakes import FakeNode, expected, node_app, serve, until
 from kvcore.errors import DeadlineExceededError, EngineError, KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.types import Role
 from nodeapi.client import HttpNodeClient
-from nodeapi.messages import GenerateRequest, PrefillRequest, TokenDelta
+from nodeapi.frames import pack_frame
+from nodeapi.messages import GenerateRequest, PrefillRequest, TokenDelta, TokenLogprob
 from nodeapi.sampling import SamplingParams
 
 CALL_S = 20.0
@@ -19,6 +21,10 @@ PREFILL = PrefillRequest(request_id="a", prompt_token_ids=[1, 2, 3], deadline_s=
 GENERATE = GenerateRequest(
     request_id="b", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=4), deadline_s=5
 )
+
+
+def frame(delta: TokenDelta) -> bytes:
+    return pack_frame(msgspec.msgpack.encode(delta))
 
 
 @pytest.fixture
@@ -38,8 +44,15 @@ def app_that(answers: Callable[[web.Request], Awaitable[web.StreamResponse]]) ->
 
 @pytest.mark.parametrize(
     "body",
-    [b"\xff\xff\xff\xff", b"\x04\x00\x00\x00abcd", b"\x40\x00\x00\x00short", b"\x01\x00\x00\x00\x80"],
-    ids=["huge frame", "garbage", "cut off", "wrong shape"],
+    [
+        b"\xff\xff\xff\xff",
+        b"\x04\x00\x00\x00abcd",
+        b"\x40\x00\x00\x00short",
+        b"\x01\x00\x00\x00\x80",
+        frame(TokenDelta(token_ids=[-1])),
+        frame(TokenDelta(token_ids=[5], logprobs=[TokenLogprob(logprob=-1.0, top=[(1 << 32, -1.0)])])),
+    ],
+    ids=["huge frame", "garbage", "cut off", "wrong shape", "no token", "no token's logprob"],
 )
 async def test_a_stream_that_breaks_the_format_is_an_unavailable_node(client: HttpNodeClient, body: bytes) -> None:
     async def answers(request: web.Request) -> web.Response:

@@ -32,7 +32,7 @@ from nodeapi.messages import FinishReason, GenerateRequest, PrefillRequest
 from nodeapi.sampling import SamplingParams
 from router.nodes.vllm_client import VllmClient
 from router.nodes.vllm_model import read_model_facts
-from router.nodes.vllm_replies import MAX_EVENT_BYTES, CompletionStream, prefill_result, refusal
+from router.nodes.vllm_replies import MAX_EVENT_BYTES, CompletionStream, prefill_result, prompt_scores, refusal
 from router.nodes.vllm_requests import decode_body, mooncake_decode_params, prefill_body
 
 PREFILL = PrefillRequest(request_id="r.p1", prompt_token_ids=[1, 2, 3], deadline_s=5)
@@ -66,6 +66,16 @@ def chunks(*choices: dict[str, object]) -> bytes:
         (chunks({"index": 0, "text": "x"}), EngineError),
         (chunks(choice(finish_reason="error")), EngineError),
         (chunks(choice(logprobs={"token_logprobs": [-1.0], "top_logprobs": [{"the": -1.0}]})), NodeUnavailableError),
+        (chunks(choice(tokens=[-1])), NodeUnavailableError),
+        (chunks(choice(tokens=[1 << 32])), NodeUnavailableError),
+        (
+            chunks(choice(logprobs={"token_logprobs": [-1], "top_logprobs": [{"token_id:4294967296": -1}]})),
+            NodeUnavailableError,
+        ),
+        (chunks(choice(1)), EngineError),
+        (chunks(choice(-1)), EngineError),
+        (chunks(choice(finish_reason="stop"), choice()), EngineError),
+        (chunks(choice(finish_reason="stop"), choice(finish_reason="stop")), EngineError),
         (event({"error": {"message": "dead", "code": 500}}), EngineError),
         (event({"error": {"message": "later", "code": 503}}), OverloadedError),
         (event({"error": {"message": "no", "code": 400}}), InvalidRequestError),
@@ -76,6 +86,43 @@ def test_a_stream_that_is_wrong_becomes_an_error_of_ours(body: bytes, kind: type
     with pytest.raises(KVFerryError) as caught:
         CompletionStream(n=1, logprobs=1, url=URL).feed(body)
     assert type(caught.value) is kind and (URL in caught.value.message or kind is InvalidRequestError)
+
+
+@pytest.mark.parametrize("body", [b'{"error": {"message": "out of disk"}}', b": x\n\n<p>out of disk</p>\n<p>x</p>\n"])
+def test_an_answer_that_is_no_stream_is_told_in_its_own_words(body: bytes) -> None:
+    stream = CompletionStream(n=1, logprobs=None, url=URL)
+    assert stream.feed(body) == []
+    with pytest.raises(NodeUnavailableError, match=f"{URL} answered no stream of events, but .*out of disk"):
+        stream.check_broken_off()
+
+
+def test_a_stream_that_breaks_off_is_a_stream_all_the_same() -> None:
+    for body in (b"", b"data: {", b": x\n\nevent: y\r\nid: 1\nretry: 5\n\r\n", chunks(choice()) + b"<p>"):
+        stream = CompletionStream(n=1, logprobs=None, url=URL)
+        stream.feed(body)
+        stream.check_broken_off()
+
+
+@pytest.mark.parametrize("cached", [-7, 4, 10**15])
+def test_a_count_of_cached_tokens_that_cannot_be_is_none(cached: int) -> None:
+    usage = {"prompt_tokens": -3, "prompt_tokens_details": {"cached_tokens": cached}}
+    stream = CompletionStream(n=1, logprobs=None, url=URL, prompt_tokens=3)
+    (last,) = stream.feed(chunks(choice(finish_reason="stop")) + event({"choices": [], "usage": usage}))
+    assert last.finish_reason is FinishReason.STOP and last.info is None
+    result = prefill_result(json.dumps({"usage": usage}).encode(), PREFILL, URL)
+    assert (result.cached_tokens, result.computed_tokens) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("token", "rank", "logprob"), [(-1, 1, -1.0), (1 << 32, 1, -1.0), (7, -1, -1.0), (7, 1, -1e300)]
+)
+def test_logprobs_of_a_prompt_that_no_number_of_ours_can_hold_are_unreadable(
+    token: int, rank: int, logprob: float
+) -> None:
+    row = {"5": {"logprob": -0.5, "rank": rank}, str(token): {"logprob": logprob, "rank": 2}}
+    raw = json.dumps({"choices": [{"prompt_logprobs": [None, row]}]}).encode()
+    with pytest.raises(NodeUnavailableError, match="cannot be read"):
+        list(prompt_scores(raw, [5, 5], 2, URL))
 
 
 def test_an_event_without_end_is_cut_off() -> None:
@@ -111,7 +158,7 @@ def test_each_refusal_has_its_error(status: int, body: bytes, kind: type[KVFerry
 @pytest.mark.parametrize("raw", [b"", b"{}", b'{"usage": 5}', b"\xff"])
 def test_a_prefill_answer_that_cannot_be_read_is_an_unavailable_node(raw: bytes) -> None:
     with pytest.raises(NodeUnavailableError, match="cannot be read"):
-        prefill_result(raw, "r", URL)
+        prefill_result(raw, PREFILL, URL)
 
 
 def app_that(answers: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.Application:
@@ -240,7 +287,7 @@ def test_what_an_event_carries_wherever_it_is_cut() -> None:
         + b"data: [DONE]\n\n"
     )
     for size in (1, 7, len(body)):
-        stream = CompletionStream(n=2, logprobs=None, url=URL)
+        stream = CompletionStream(n=2, logprobs=None, url=URL, prompt_tokens=9)
         deltas = [delta for at in range(0, len(body), size) for delta in stream.feed(body[at : at + size])]
         assert stream.ended and not stream.holds
         assert [(delta.index, delta.token_ids) for delta in deltas] == [(1, [7, 8]), (0, [5]), (1, []), (0, [9])]
@@ -267,12 +314,12 @@ def test_the_likeliest_tokens_come_without_the_sampled_one_that_is_none_of_them(
 
 def test_what_the_prefill_leg_answers_reaches_the_decode_leg_to_the_byte() -> None:
     params = b'{"do_remote_prefill": true, "remote_block_ids": [[1, 2]],  "x": 1e3}'
-    usage = b'{"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 4}}'
-    result = prefill_result(b'{"usage": ' + usage + b', "kv_transfer_params": ' + params + b"}", "r", URL)
-    assert (result.cached_tokens, result.computed_tokens, result.handoff_params) == (4, 6, params)
+    usage = b'{"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}'
+    result = prefill_result(b'{"usage": ' + usage + b', "kv_transfer_params": ' + params + b"}", PREFILL, URL)
+    assert (result.cached_tokens, result.computed_tokens, result.handoff_params) == (2, 1, params)
     request = msgspec.structs.replace(GENERATE, handoff_params=result.handoff_params)
     assert b'"kv_transfer_params":' + params in decode_body(MODEL, request)
-    assert prefill_result(b'{"usage": {}, "kv_transfer_params": null}', "r", URL).handoff_params == b""
+    assert prefill_result(b'{"usage": {}, "kv_transfer_params": null}', PREFILL, URL).handoff_params == b""
 
 
 def test_the_bodies_of_both_legs() -> None:
