@@ -33,6 +33,8 @@ class HttpLimits:
     """A body that is not whole by then ends its connection, whether or not anybody reads it."""
     send_s: float = 60.0
     """A client that takes nothing of an answer for so long is cut."""
+    look_s: float = 0.01
+    """A server that ends looks so often whether what is under way is over."""
     close_s: float = 2.0
     """What was cut at the end of a drain has this long to end in order."""
 

@@ -12,6 +12,7 @@ from starlette.responses import StreamingResponse
 from kvcore.errors import ConfigError
 from kvcore.ports import listen, port_holder, why_unreachable
 from kvcore.process.asgi import AsgiServer
+from kvcore.process.limits import HttpLimits
 
 
 def make_app(**gates: asyncio.Event) -> FastAPI:
@@ -167,3 +168,13 @@ async def test_a_server_says_where_it_is_and_whether_it_serves():
     assert repr(server) == f"<AsgiServer 127.0.0.1:{server.port}, serving>"
     await server.aclose()
     assert repr(server) == f"<AsgiServer 127.0.0.1:{server.port}, ended>"
+
+
+async def test_a_server_whose_connections_are_idle_ends_without_waiting():
+    server = AsgiServer(make_app(), "127.0.0.1", 0, limits=HttpLimits(look_s=3600))
+    await server.start()
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{server.url}/quick") as response:
+            assert response.status == 200
+        async with asyncio.timeout(60):
+            await server.drain(3600)

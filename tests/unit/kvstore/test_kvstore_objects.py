@@ -7,6 +7,7 @@ from support.store_fakes import KEYS, put, views
 
 from kvcore.clock import ManualClock
 from kvcore.config.schema import StoreConfig, TransportConfig
+from kvstore.limits import StoreLimits
 from kvstore.put_session import TRANSITIONS, _State
 from kvstore.settings import KVStoreSettings
 from metadata_server.connect import MetadataEndpoints
@@ -35,6 +36,7 @@ def test_settings_go_into_another_process_and_come_back() -> None:
 
 async def test_objects_say_what_they_are_and_hold(world) -> None:
     world.use(ManualClock())
+    world.limits = StoreLimits(close_s=0.05)
     world.add_node("a")
     store, wire = world.store("a", InprocTransfer(world.memory))
     client = "<MetadataClient protocol 1, available>"

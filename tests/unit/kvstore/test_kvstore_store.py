@@ -249,6 +249,7 @@ async def test_chunks_behind_different_transports_are_read_at_the_same_time_and_
 
 
 async def test_metadata_away_is_an_empty_match_and_a_session_that_accepts_nothing(world):
+    world.limits = StoreLimits(close_s=0.05)
     world.add_node("a")
     store, wire = world.store("a", InprocTransfer(world.memory))
     wire.down.add("")
