@@ -11,6 +11,7 @@ from collections.abc import Generator
 from tempfile import TemporaryDirectory
 
 import pytest
+from support.endpoints_once import look_once_a_code
 from support.shared_servers import end_shared
 
 try:
@@ -57,4 +58,6 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.collect()
         gc.freeze()
+        gc.set_threshold(5000)  # new objects; with the default of 700 it took a tenth of the time of the router's tests
         gc.enable()
+        look_once_a_code()
