@@ -7,7 +7,7 @@ from itertools import count
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.machines import machine_settings
+from support.machines import longer, machine_settings
 from support.metadata_words import granted, ids, in_pieces, new_state, piece, registration, reservation
 
 from kvcore.types import ChunkKey
@@ -172,4 +172,5 @@ class ImportMachine(RuleBasedStateMachine):
 
 
 TestImportMachine = ImportMachine.TestCase
-TestImportMachine.settings = machine_settings(60)
+TestImportMachine.settings = machine_settings(20)
+TestLongImportMachine = longer(ImportMachine, 40)

@@ -3,7 +3,7 @@
 import msgspec
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.machines import machine_settings
+from support.machines import longer, machine_settings
 from support.metadata_words import UNIT, granted, ids, key, keys, new_state, registration, reservation
 
 from kvcore.errors import NodeRefusedError
@@ -407,8 +407,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert self.space.free == len(self.free) * UNIT
 
 
-_SETTINGS = machine_settings(80)
 TestMetadataMachine = MetadataMachine.TestCase
-TestMetadataMachine.settings = _SETTINGS
+TestMetadataMachine.settings = machine_settings(20)
+TestLongMetadataMachine = longer(MetadataMachine, 60)
 TestAllocatorMachine = AllocatorMachine.TestCase
-TestAllocatorMachine.settings = _SETTINGS
+TestAllocatorMachine.settings = machine_settings(20)
+TestLongAllocatorMachine = longer(AllocatorMachine, 60)

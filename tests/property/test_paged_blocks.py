@@ -2,6 +2,7 @@
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support.machines import longer, machine_settings
 
 from engines.paged.blocks import BlockManager
 from kvcore.types import ChunkKey
@@ -73,3 +74,5 @@ class Blocks(RuleBasedStateMachine):
 
 
 TestBlocks = Blocks.TestCase
+TestBlocks.settings = machine_settings(25)
+TestLongBlocks = longer(Blocks, 75)

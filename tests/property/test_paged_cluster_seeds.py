@@ -18,6 +18,7 @@ from support.engine_fakes import (
     request,
 )
 from support.sim_loop import run_sim
+from support.slow import slow_but
 
 from engines.sim.reference import expected_tokens
 from nodeapi.messages import Handoff
@@ -62,7 +63,7 @@ class Clients:
         await leg
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", slow_but(range(12), range(40)))
 def test_every_answer_is_right_and_nothing_is_left(seed):
     clients = Clients(seed)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.machines import more_examples
 
 from kvcore.errors import EngineError, InvalidRequestError, NodeStalledError, NodeUnavailableError, OverloadedError
 from kvcore.handoff import HandoffKind
@@ -238,8 +239,11 @@ class World:
         self.carry_out(self.machine.handle(DeadlinePassed()))
 
 
-@settings(max_examples=500, deadline=None)
-@given(st.data(), st.integers(1, 3), st.sampled_from([None, "p0"]), st.sampled_from(HandoffKind))
+REQUESTS = given(st.data(), st.integers(1, 3), st.sampled_from([None, "p0"]), st.sampled_from(HandoffKind))
+
+
+@settings(max_examples=100, deadline=None)
+@REQUESTS
 def test_every_request_ends_once_with_exact_tokens_and_no_leg_left(
     data: st.DataObject, n: int, prefiller: str, kind: HandoffKind
 ) -> None:
@@ -263,6 +267,11 @@ def test_every_request_ends_once_with_exact_tokens_and_no_leg_left(
     assert world.machine.handle(StopHit(late, world.cut(late))) == [], "the rest was read after the end"
     assert world.machine.completion_tokens == sum(map(len, world.emitted))
     assert world.machine.handle(ClientGone()) == []
+
+
+test_more_requests = more_examples(
+    test_every_request_ends_once_with_exact_tokens_and_no_leg_left, REQUESTS, max_examples=400
+)
 
 
 @pytest.mark.parametrize(("prefill", "expected"), [(4, 4), (30, 8)])

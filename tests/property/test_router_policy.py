@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from support.machines import more_examples
 
 from kvcore.chunk_keys import usable_chunks
 from kvcore.config.routing import RoutingPolicy
@@ -134,9 +135,13 @@ requests = st.builds(
 views = st.builds(ClusterView, prefillers=nodes(Role.PREFILLER), decoders=nodes(Role.DECODER))
 
 
-@pytest.mark.parametrize("name", [RoutingPolicy.PREFIX_AWARE, RoutingPolicy.ROUND_ROBIN])
-@settings(max_examples=400, deadline=None)
-@given(request=requests, view=views)
+CHOICES = given(request=requests, view=views)
+NAMED = pytest.mark.parametrize("name", [RoutingPolicy.PREFIX_AWARE, RoutingPolicy.ROUND_ROBIN])
+
+
+@NAMED
+@settings(max_examples=100, deadline=None)
+@CHOICES
 def test_the_route_is_the_one_that_was_chosen_before(
     name: RoutingPolicy, request: RouteRequest, view: ClusterView
 ) -> None:
@@ -149,3 +154,6 @@ def test_the_route_is_the_one_that_was_chosen_before(
         assert before is not None
         before = replace(before, prefiller=None, reason=IN_NEED)
     assert chosen == before
+
+
+test_more_routes = NAMED(more_examples(test_the_route_is_the_one_that_was_chosen_before, CHOICES, max_examples=300))

@@ -4,6 +4,7 @@ import random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.machines import more_examples
 from support.vllm_scheduler_model import SchedulerModel, next_token
 from support.vllm_scheduler_parts import Request
 from support.vllm_worker_model import FakeLookup, Memory, WorkerModel
@@ -119,8 +120,7 @@ class Driver:
             assert request.cacheable
 
 
-@settings(max_examples=200, deadline=None)
-@given(
+DRIVERS = given(
     seed=st.integers(0, 1 << 40),
     num_blocks=st.integers(6, 24),
     per_chunk=st.integers(1, 3),
@@ -128,6 +128,10 @@ class Driver:
     depth=st.integers(1, 2),
     save_output=st.booleans(),
 )
+
+
+@settings(max_examples=50, deadline=None)
+@DRIVERS
 def test_blocks_hold_what_orders_say_and_all_ends(*, seed, num_blocks, per_chunk, budget, depth, save_output):
     driver = Driver(
         seed, num_blocks=num_blocks, per_chunk=per_chunk, budget=budget, depth=depth, save_output=save_output
@@ -148,3 +152,6 @@ def test_blocks_hold_what_orders_say_and_all_ends(*, seed, num_blocks, per_chunk
     while model.deferred:
         model.pool.release(model.deferred.popleft()[1])
     assert model.pool.refs == [1] + [0] * (num_blocks - 1)
+
+
+test_more_of_them = more_examples(test_blocks_hold_what_orders_say_and_all_ends, DRIVERS, max_examples=150)
