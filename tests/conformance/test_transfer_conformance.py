@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 from support.transfer_child import segment_process
-from support.transfer_rigs import KINDS, REMOTE, SIZE_BYTES, Rig, renamed, resources, transport_config
+from support.transfer_rigs import KINDS, REMOTE, SIZE_BYTES, Rig, renamed, resources
+from support.transports import transport_config
 
 from kvcore.errors import PeerUnreachableError, SegmentUnknownError, TransferError, TransferTimeoutError
 from transfer.base import TransferOp

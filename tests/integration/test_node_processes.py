@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from support.process_tree import children
 from support.processes import Cluster, cluster
-from support.transfer_rigs import transport_config
+from support.transports import transport_config
 from support.ucx import needs_ucx
 
 from engines.sim.reference import expected_tokens

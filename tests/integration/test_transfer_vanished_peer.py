@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from support.netns import ADDRESSES, missing_namespaces, two_machines
 from support.transfer_child import segment_process
-from support.transfer_rigs import transport_config
+from support.transports import transport_config
 
 from kvcore.errors import PeerUnreachableError
 from transfer.base import TransferOp

@@ -20,7 +20,8 @@ from support.cluster import ClusterHandle, Streamed, cluster
 from support.generate_reference import assert_identical, load_reference
 from support.netns import ADDRESSES, DEVICE, LinkKind, TwoMachines, missing_namespaces, two_machines
 from support.tiny_models import VOCAB_SIZE, make_tiny_model
-from support.ucx import LIBRARY, needs_ucx
+from support.transports import LIBRARY
+from support.ucx import needs_ucx
 
 from kvferry.launch.processes import ProcessPlan
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from support.transfer_rigs import NIXL, UCX, transport_config
+from support.transfer_rigs import NIXL, UCX
+from support.transports import transport_config
 
 from kvcore.errors import TransferError, TransferProofError
 from kvcore.trust.opening import OPEN, ClusterTrust

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 from support.chunk_attacks import ATTACKS, cut, whole
 from support.store_fakes import CHUNK_BYTES, KEYS, SPEC, World, payload
-from support.transfer_rigs import NIXL, UCX, transport_config
+from support.transfer_rigs import NIXL, UCX
+from support.transports import transport_config
 
 from kvcore.chunk_keys import owner_of
 from kvcore.errors import TransferError

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from support.nixl import needs_nixl
 from support.store_fakes import KEYS, SPEC, World
-from support.transfer_rigs import transport_config
+from support.transports import transport_config
 from support.ucx import needs_ucx
 
 from kvcore.trust.opening import ClusterTrust

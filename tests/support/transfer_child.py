@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.process_tree import descendants, freeze
-from support.transfer_rigs import transport_config
+from support.transports import transport_config
 
 from kvcore.types import Segment
 from transfer.memory.segment import SegmentMemory, host_identity

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
-from support.transfer_rigs import transport_config
+from support.transports import transport_config
 
 from kvcore.types import Segment
 from transfer.base import TransferOp

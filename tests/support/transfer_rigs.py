@@ -8,9 +8,9 @@ from typing import Self
 
 import pytest
 from support.nixl import needs_nixl
-from support.ucx import LIBRARY, needs_ucx
+from support.transports import transport_config
+from support.ucx import needs_ucx
 
-from kvcore.config.schema import TransportConfig
 from kvcore.types import Segment
 from transfer.base import TransferEngine, TransferOp
 from transfer.inproc import InprocTransfer
@@ -24,15 +24,6 @@ NIXL = pytest.param("nixl", marks=needs_nixl)
 REMOTE = ["shm", "tcp", UCX, NIXL]
 """Transports that reach another process: each is held to all that the suites say."""
 KINDS = ["inproc", *REMOTE]
-
-
-def transport_config(kind: str) -> TransportConfig:
-    """As a cluster of one machine has it. UCX and NIXL: over TCP on loopback."""
-    if kind == "ucx":
-        return TransportConfig(kind="ucx", devices=["lo"], ucx_library=LIBRARY)
-    if kind == "nixl":
-        return TransportConfig(kind="nixl", devices=["lo"])
-    return TransportConfig(kind=kind)  # type: ignore[arg-type]  # one of the kinds
 
 
 class Rig:

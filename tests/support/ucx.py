@@ -3,12 +3,10 @@
 import os
 
 import pytest
+from support.transports import LIBRARY
 
 from kvcore.errors import ConfigError
 from transfer.ucx.binding import load_library
-
-LIBRARY = os.environ.get("UCX_UNDER_TEST")
-"""Path of another libucp than the system's, to hold several UCX to the same tests."""
 
 
 def missing_ucx() -> str:

@@ -8,7 +8,8 @@ from typing import NoReturn
 import pytest
 from support.nixl import needs_nixl
 from support.ports import free_ports
-from support.ucx import LIBRARY, needs_ucx
+from support.transports import LIBRARY
+from support.ucx import needs_ucx
 from tokenizers import Tokenizer, models
 
 from kvcore.config.fields import ByteSize

@@ -12,7 +12,8 @@ from dataclasses import replace
 import msgspec
 import pytest
 from support.process_tree import children
-from support.transfer_rigs import NIXL, UCX, transport_config
+from support.transfer_rigs import NIXL, UCX
+from support.transports import transport_config
 from support.ucx import needs_ucx
 
 from kvcore.clock import SystemClock

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 from support.nixl import needs_nixl
 from support.transfer_child import segment_process
-from support.transfer_rigs import SIZE_BYTES, Rig, resources, transport_config
+from support.transfer_rigs import SIZE_BYTES, Rig, resources
+from support.transports import transport_config
 
 from kvcore.errors import ConfigError, PeerUnreachableError, SegmentUnknownError, TransferError, TransferTimeoutError
 from kvcore.types import Segment

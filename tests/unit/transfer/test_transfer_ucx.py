@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.transfer_rigs import renamed, transport_config
+from support.transfer_rigs import renamed
+from support.transports import transport_config
 from support.ucx import needs_ucx
 
 from kvcore.config.schema import TransportConfig

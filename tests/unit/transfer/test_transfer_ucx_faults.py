@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from support.transfer_rigs import SIZE_BYTES, Rig, transport_config
+from support.transfer_rigs import SIZE_BYTES, Rig
+from support.transports import transport_config
 from support.ucx import needs_ucx
 
 from kvcore.errors import ConfigError, SegmentUnknownError, TransferTimeoutError
