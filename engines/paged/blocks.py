@@ -143,13 +143,12 @@ class BlockManager:
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free twice"
         cached = {block for chunk in self._unreferenced.values() for block in chunk.blocks}
-        for block, references in enumerate(self._references):
-            assert references >= 0
-            idle = (block in free) + (block in cached)
-            if block in self._by_block and block not in cached:
-                assert idle == 0, f"block {block} of a referenced chunk is free"
-            else:
-                assert idle == (references == 0), f"block {block}: {references} references, idle {idle}"
+        assert not free & cached, "a block that is cached is free"
+        of_referenced = self._by_block.keys() - cached
+        assert not of_referenced & free, "a block of a referenced chunk is free"
+        assert min(self._references, default=0) >= 0
+        unreferenced = {block for block, references in enumerate(self._references) if not references}
+        assert unreferenced - of_referenced == free | cached, "blocks without references are idle, and no others"
         for key, chunk in self._by_key.items():
             assert chunk.key == key and len(chunk.blocks) == self.blocks_per_chunk
             assert all(self._by_block[block] is chunk for block in chunk.blocks)

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from functools import cache
 from unittest.mock import patch
 
 import pytest
@@ -84,8 +85,13 @@ def test_whatever_dies_nothing_is_found_wrong_that_is_right(seed):
     assert not shadowed.dropped and not shadowed.counts["diverged"], shadowed.shadow.divergences
 
 
+@cache
+def in_peace(seed: int) -> Shadowed:
+    return run(seed, Variant(peaceful=True))[1]
+
+
 def test_requests_are_compared_on_engines_without_work():
-    same = sum(run(seed, Variant(peaceful=True))[1].counts["same"] for seed in SEEDS)
+    same = sum(in_peace(seed).counts["same"] for seed in SEEDS)
     assert same > 20
 
 
@@ -111,7 +117,7 @@ def test_no_request_waits_for_it():
     """Of all requests the first tokens come as soon as without it, but for a step that is under way."""
     with_it, without = list[float](), list[float]()
     for seed in SEEDS:
-        with_it += first_tokens(run(seed, Variant(peaceful=True))[1])
+        with_it += first_tokens(in_peace(seed))
         with patch.object(ShadowComparisons, "ended", lambda *_: None):
             without += first_tokens(run(seed, Variant(peaceful=True))[1])
     assert len(with_it) == len(without) > 80
