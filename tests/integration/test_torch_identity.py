@@ -47,7 +47,7 @@ def make_runner(folder: Path, *, block_size: int = 16, num_blocks: int = 800) ->
     return TorchRunner(loaded, spec, num_blocks=num_blocks, threads=1)
 
 
-@pytest.mark.parametrize("budget", [33, 4096])
+@pytest.mark.parametrize("budget", slow_but([33], [33, 4096]))
 async def test_tokens_equal_generate_at_every_length_and_budget(tiny: Path, budget: int) -> None:
     reference, runner, prompts = load_reference(tiny), make_runner(tiny), random_prompts(LENGTHS)
     outputs = await Driver(runner, max_batch_tokens=budget).run([Sequence_(prompt, GREEDY) for prompt in prompts])

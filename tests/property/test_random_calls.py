@@ -128,14 +128,14 @@ def test_every_form_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(tools)
 def test_calls_as_their_templates_write_them_are_let_through_and_read_back(name: str, made: Any) -> None:
     check_written(name, made)
 
 
 @pytest.mark.parametrize("name", FORMS)
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(tools, seeds)
 def test_whatever_is_let_through_is_read_as_calls_that_follow_their_schemas(name: str, made: Any, seed: int) -> None:
     check_drawn(name, made, seed)

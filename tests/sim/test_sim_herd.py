@@ -7,7 +7,7 @@ import pytest
 from support.sim_cluster import Variant, run_seed
 from support.sim_herd import COMPUTE_S, DOCUMENT, RATE, Herd, K
 from support.sim_plan import CHUNK
-from support.slow import seeds
+from support.slow import seeds, slow_but
 
 from engines.jobs.context import JobLimits
 
@@ -35,7 +35,7 @@ def run(herd: Herd, seed: int, *, peaceful: bool = True):
     return outcome.counts
 
 
-@pytest.mark.parametrize("count", [2, 8, 16])
+@pytest.mark.parametrize("count", slow_but([8], [2, 8, 16]))
 @pytest.mark.parametrize("nodes", NODES)
 def test_one_prompt_is_computed_once_over_the_whole_cluster(nodes, count):
     herd = Herd(nodes=NODES[nodes], count=count)
@@ -82,7 +82,7 @@ def documents_herd(nodes, **more) -> Herd:
     return Herd(nodes=NODES[nodes], prefix_tokens=2 * CHUNK + 1, own_tokens=10, documents=3, **more)
 
 
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("count", slow_but([8], [2, 8]))
 @pytest.mark.parametrize("nodes", NODES)
 def test_documents_that_many_name_at_once_are_computed_once_over_the_whole_cluster(nodes, count):
     herd = documents_herd(nodes, count=count)
@@ -95,7 +95,7 @@ def test_documents_that_many_name_at_once_are_computed_once_over_the_whole_clust
 
 
 @pytest.mark.parametrize("kills", ["node", "engine"])
-@pytest.mark.parametrize("kill_s", [0.1, 0.45])
+@pytest.mark.parametrize("kill_s", slow_but([0.1], [0.1, 0.45]))
 def test_when_the_node_that_computes_documents_dies_another_takes_over(kills, kill_s):
     herd = documents_herd("2P2D", count=4, kills=kills, kill_s=kill_s)
     counts = run(herd, 1)

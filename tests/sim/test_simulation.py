@@ -70,7 +70,7 @@ def test_faults_did_happen_and_were_survived(blocks, totals):
     assert totals["failed"] <= totals["accepted"] // 100, "requests are saved from faults, but for very few"
 
 
-@pytest.mark.parametrize("seed", range(500, 506))
+@pytest.mark.parametrize("seed", slow_but(range(500, 502), range(500, 506)))
 def test_in_peace_nothing_is_tried_twice_or_waited_for(seed):
     counts = simulate(seed, Variant(peaceful=True)).counts
     happened = ["retries", "failed", "refused", "late", "silent", "lost", "reset", "save_failed", "at_rest_checksum"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from support.engine_fakes import idle
+from support.slow import slow_but
 from support.tiny_models import make_tiny_model
 from support.wrong_documents import FAULTS, spoil
 
@@ -218,7 +219,7 @@ async def differences(engine: EngineLoop, fault: str | None) -> tuple[float, flo
     return sum(sum(reply.kl) for reply in replies), sum(sum(reply.gaps) for reply in replies)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", slow_but(["qwen3"], ["llama", "qwen3"]))
 async def test_a_comparison_sees_a_wrong_rotation_a_wrong_slice_and_swapped_documents(folder, kind):
     async with engine_of(folder(kind)) as engine:
         kl, gap = await differences(engine, None)

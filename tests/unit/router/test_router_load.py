@@ -7,6 +7,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 from support.router_fakes import FakeNode, FakeNodes, Rig, make_rig, until
+from support.slow import slow_but
 
 from kvcore.errors import EngineError, KVFerryError, NodeUnavailableError, OverloadedError
 from kvcore.handoff import HandoffKind
@@ -245,7 +246,7 @@ async def test_a_decoder_that_waits_for_its_prefiller_is_loaded_all_the_time(kin
 # --- what policies see -----
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", slow_but(range(5), range(20)))
 async def test_a_view_that_is_kept_is_the_one_that_would_be_made_anew(seed: int) -> None:
     """Whatever changes, in whatever order: reports, loads, ends of legs, breakers, restarts."""
     rig, dice = await make_rig(), random.Random(seed)
