@@ -10,7 +10,7 @@ import msgspec
 
 from nodeapi.messages import LegInfo
 from router.requests.completions import Completions
-from router.requests.events import CancelLeg, KVSource, StartDecode
+from router.requests.events import CancelLeg, DecodeFailed, KVSource, StartDecode
 from router.requests.states import LEG_TRANSITIONS, LegState
 
 
@@ -90,6 +90,14 @@ class DecodeLegs:
         self._fingerprints = fingerprints
         self.running: dict[str, DecodeLeg] = {}
         """By leg id."""
+
+    def failed(self, event: DecodeFailed) -> DecodeLeg | None:
+        """The leg, if it is under way: it is still to be removed."""
+        leg = self.running.get(event.leg)
+        if leg is not None and event.lost:
+            for index in leg.open:
+                self._completions[index].tries -= 1
+        return leg
 
     def remove(self, leg: DecodeLeg) -> None:
         """It has ended."""

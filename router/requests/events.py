@@ -42,10 +42,12 @@ class DeltaReceived(msgspec.Struct, frozen=True):
 
 
 class DecodeFailed(msgspec.Struct, frozen=True):
-    """A decode leg broke off, or ended with indices unfinished."""
+    """A decode leg broke off, or ended with indices unfinished. `lost`: with all else on a node that is silent, so that
+    it does not count as a try of this request."""
 
     leg: str
     error: KVFerryError
+    lost: bool = False
 
 
 class LegStalled(msgspec.Struct, frozen=True):

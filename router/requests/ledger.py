@@ -186,7 +186,7 @@ class RequestMachine:
             case PrefillDone() | PrefillFailed():
                 return self._prefill_ended(event)
             case DecodeFailed():
-                leg = self._decodes.running.get(event.leg)
+                leg = self._decodes.failed(event)
                 return self._decode_failed(leg, event.error) if leg is not None else []
             case LegStalled():
                 return self._leg_stalled(event)

@@ -231,7 +231,7 @@ class RequestRun:
             if task is None or task.cancelling():
                 continue
             task.cancel()
-            self._leg_failed(leg, failure)
+            self._leg_failed(leg, failure, lost=True)
 
     # --- LegListener ---
 
@@ -291,9 +291,9 @@ class RequestRun:
         self.tell(PrefillFailed(leg, error))
         self.tell(DecodeFailed(leg, error))
 
-    def _leg_failed(self, leg: LegRecord, failure: KVFerryError) -> None:
+    def _leg_failed(self, leg: LegRecord, failure: KVFerryError, *, lost: bool = False) -> None:
         leg.error = f"{failure.code}: {failure.message}"
-        self.tell(PrefillFailed(leg.id, failure) if leg.kind == "prefill" else DecodeFailed(leg.id, failure))
+        self.tell(PrefillFailed(leg.id, failure) if leg.kind == "prefill" else DecodeFailed(leg.id, failure, lost))
 
     def _end_handoff(self, action: EndHandoff) -> None:
         if not self.machine.prefill.saved_all:

@@ -182,7 +182,8 @@ class World:
         leg = self.draw(st.sampled_from(sorted(self.decodes)))
         del self.decodes[leg]
         errors = [NodeUnavailableError("gone"), OverloadedError("full"), EngineError("bad"), InvalidRequestError("no")]
-        self.carry_out(self.machine.handle(DecodeFailed(leg, self.draw(st.sampled_from(errors)))))
+        lost = self.draw(st.booleans())
+        self.carry_out(self.machine.handle(DecodeFailed(leg, self.draw(st.sampled_from(errors)), lost)))
 
     def _prefill_done(self) -> None:
         leg, _ = self.prefills.popitem()

@@ -39,6 +39,10 @@ async def assert_quiet(rig: Rig) -> None:
     assert rig.log.in_flight == 0 and not rig.dispatcher.running
 
 
+def decode_legs(run: RequestRun) -> list[str]:
+    return [leg.node for leg in run.record.legs if leg.kind == "decode"]
+
+
 @pytest.fixture
 async def rig() -> Rig:
     """Lost with the first probe that has no answer."""
@@ -111,6 +115,25 @@ async def test_a_decode_on_a_node_that_hangs_goes_on_elsewhere(rig: Rig) -> None
         await rig.prober.probe()
     assert await task == expected(PROMPT, 8)
     assert run.record.retries == 1 and run.record.legs[-1].node != node.id
+    await assert_quiet(rig)
+
+
+async def test_nodes_that_are_lost_one_after_the_other_are_no_tries_of_a_request_which_waits_for_one() -> None:
+    rig = await make_rig(node_limits=NodeHealthLimits(lost_rounds=0), attempts=2)
+    for node in rig.nodes.nodes:
+        node.generate_gate = asyncio.Event()
+    run = open_run(rig)
+    task = asyncio.create_task(tokens_of(run))
+    for number in range(1, 5):
+        await until(lambda number=number: len(decode_legs(run)) == number)
+        rig.nodes[decode_legs(run)[-1]].down = True
+        await rig.prober.probe()
+    assert sorted(decode_legs(run)) == ["d0", "d1", "p0", "p1"] and not task.done()
+    node = rig.nodes["d0"]
+    node.down, node.generate_gate = False, None
+    await rig.prober.probe()
+    assert await task == expected(PROMPT, 8)
+    assert run.record.retries == 4
     await assert_quiet(rig)
 
 
