@@ -239,7 +239,10 @@ def _status(arguments: argparse.Namespace) -> int:
     trust, left = OPEN, ""
     if config_file is not None:
         config = load_config(config_file)
-        left = unfinished(config.cluster)
+        try:
+            left = unfinished(config.cluster)
+        except ConfigError as error:  # no reason to show nothing of the cluster
+            left = error.message
         (router_url, metadata_url), standbys = addresses(config), standbys_of(config)
         partitions = {} if arguments.metadata else partition_urls(config)
         routers = [] if arguments.router else operators_urls_of(config)[1:]

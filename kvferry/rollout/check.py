@@ -12,6 +12,8 @@ def check_rollout(context: Context) -> Sequence[Finding]:
     try:
         left = unfinished(context.config.cluster)
     except ConfigError as error:
-        return [Finding("rollout", False, error.message, "remove the file, and look at `kvferry nodes ls`")]
+        return [
+            Finding("rollout", False, error.message, "then begin the rollout again: it finds out what is left to do")
+        ]
     remedy = "`kvferry rollout FILE` goes on, `kvferry rollout --back` returns to what was"
     return [Finding("rollout", False, left, remedy)] if left else []

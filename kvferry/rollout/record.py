@@ -48,7 +48,10 @@ class RecordFile:
         except FileNotFoundError:
             return None
         except (OSError, msgspec.DecodeError) as error:
-            raise ConfigError(f"{self.path}: cannot be read: {error}") from error
+            raise ConfigError(
+                f"{self.path}: cannot be read: {error}: remove the file, and look at `kvferry nodes ls` for what the "
+                "rollout has left drained"
+            ) from error
 
     def write(self, record: RolloutRecord) -> None:
         """Whole when it returns, or the file is as before."""

@@ -235,6 +235,19 @@ def test_a_user_without_a_home_has_no_rollouts_and_a_record_that_is_damaged_is_s
         unfinished("c")
 
 
+def test_status_shows_the_cluster_beside_a_rollouts_record_that_is_damaged(capsys, monkeypatch, rig: Rig):
+    monkeypatch.setattr("kvferry.status.run_status", _shown)
+    RecordFile("c").path.parent.mkdir(parents=True)
+    RecordFile("c").path.write_text("{")
+    assert main(["status", "--config", str(rig.new)]) == 0
+    out = capsys.readouterr().out
+    assert "problem: " in out and "rollout.json: cannot be read" in out and "remove the file" in out
+
+
+async def _shown(*_args: object, **_more: object) -> int:
+    return 0
+
+
 def test_without_a_file_and_without_a_rollout_there_is_no_way(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert main(["rollout"]) == main(["rollout", "--back"]) == 2
