@@ -5,6 +5,7 @@ it in virtual time.
 """
 
 import asyncio
+import logging
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -19,8 +20,11 @@ from router.requests.services import RequestServices
 from router.requests.spec import RequestSpec
 from router.routing.costs import WayChoice
 from router.routing.decision import Decision
+from router.routing.policies import least_loaded
 from router.routing.policy import RoutePolicy
 from router.routing.views import RouteRequest
+
+_log = logging.getLogger("router")
 
 
 class _UnderWay:
@@ -104,6 +108,8 @@ class Dispatcher:
     def __init__(self, services: RequestServices, policy: RoutePolicy) -> None:
         self._services = services
         self._policy = policy
+        self._plain_policy = least_loaded.make()
+        """Chooses where the other one raises."""
         self._turn = 0
         self.under_way = _UnderWay()
         self._opened, self.running = _Runs(self.under_way), _Runs(self.under_way)
@@ -224,7 +230,11 @@ class Dispatcher:
             weighs=self._services.config.decoder_prefill is DecoderPrefill.FASTER,
             now=self._services.clock.now(),
         )
-        return self._policy.choose(request, view)
+        try:
+            return self._policy.choose(request, view)
+        except Exception:  # a policy's bug: who waits for a choice, a leg or a turn, would wait for good
+            _log.exception("policy_failed")
+            return self._plain_policy.choose(request, view)
 
     def _oldest_first(self) -> list[RequestRun]:
         """Those under way: who came first chooses first, and a simulation is the same each time."""

@@ -21,6 +21,9 @@ from nodeapi.sampling import SamplingParams
 from router.requests.limits import RequestLimits
 from router.requests.run import RequestRun
 from router.requests.spec import AnswerRequest, RequestSpec
+from router.routing.decision import Decision
+from router.routing.policies import least_loaded
+from router.routing.views import ClusterView, RouteRequest
 
 PROMPT = [i % 250 for i in range(100)]
 IMPATIENT = RequestLimits(patience_s=0.05, retry_pause_s=0.02)
@@ -67,6 +70,32 @@ async def test_a_decoder_that_answers_500_never_opens_a_prefillers_breaker() -> 
     assert rig.cluster.breaker_state(rig.cluster.nodes["d0"]) == "open"
     assert rig.cluster.breaker_state(rig.cluster.nodes["p0"]) == "closed"
     assert rig.log.retried == 3
+    await assert_quiet(rig)
+
+
+class RaisesFrom:
+    """The policy of `least_loaded`, which raises in each choice from this one on."""
+
+    def __init__(self, first: int) -> None:
+        self._left, self._real = first, least_loaded.make()
+
+    def choose(self, request: RouteRequest, view: ClusterView) -> Decision:
+        self._left -= 1
+        if self._left <= 0:
+            raise RuntimeError("a policy's bug")
+        return self._real.choose(request, view)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+async def test_a_policy_that_raises_fails_no_request_and_hangs_none_that_is_tried_again(
+    first: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = await make_rig(policy=RaisesFrom(first))
+    for node in (rig.nodes["d0"], rig.nodes["d1"]):
+        node.die_after = 3
+    async with asyncio.timeout(10):
+        assert (await tokens_of(open_run(rig)))[0] == expected(PROMPT, 8)
+    assert rig.log.retried == 1 and "a policy's bug" in caplog.text and "policy_failed" in caplog.text
     await assert_quiet(rig)
 
 
