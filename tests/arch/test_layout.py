@@ -82,19 +82,19 @@ def test_each_shipped_config_loads(path):
     assert load_config(path).nodes
 
 
-@pytest.mark.parametrize("package", ["router", "metadata_server", "kvstore", "nodeapi", "kvnode"])
-def test_light_packages_never_load_torch(package):
+def test_light_packages_never_load_torch():
     modules = [
         ".".join(p.relative_to(ROOT).with_suffix("").parts)
+        for package in ("nodeapi", "kvstore", "metadata_server", "kvnode", "router")
         for p in sorted((ROOT / package).rglob("*.py"))
         if p.name not in ("__init__.py", "__main__.py")
     ]
     code = (
-        f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
-        "print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
+        f"import sys, importlib\nheavy = ('torch', 'transformers', 'vllm')\nfor m in {modules!r}:\n"
+        "    importlib.import_module(m)\n    assert not (found := [h for h in heavy if h in sys.modules]), (m, found)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_each_package_says_what_it_owns():
