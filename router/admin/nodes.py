@@ -171,12 +171,8 @@ class NodeAdmin:
         view = self._cluster.view()
         if node is None or node.role is Role.STORE or not self._cluster.is_drained(node.id):
             return ""
+        if not (view.decoders or view.prefillers):
+            return "no other node can be used: no request is answered until one can"
         if node.role is Role.PREFILLER:
             return "" if view.prefillers else "no other prefiller can be used: decoders compute prompts by themselves"
-        if view.decoders:
-            return ""
-        return (
-            "no other decoder can be used: prefillers decode"
-            if view.prefillers
-            else "no other node can decode: new requests are refused"
-        )
+        return "" if view.decoders else "no other decoder can be used: prefillers decode"

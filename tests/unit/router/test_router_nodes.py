@@ -156,8 +156,10 @@ async def test_it_says_what_is_left_when_the_last_of_a_role_is_drained():
     await order(client, "drain", "d0")
     assert "prefillers decode" in (await order(client, "drain", "d1"))["note"]
     assert (await order(client, "drain", "p0"))["note"] == ""
-    reply = await client.post("/v1/nodes/drain", json={"node": "p1"})
-    assert "decoders compute" in reply.json()["note"]
+    assert "no request is answered" in (await order(client, "drain", "p1"))["note"]
+    await order(client, "undrain", "d0")
+    assert "decoders compute" in (await order(client, "drain", "p1"))["note"]
+    assert "no request is answered" in (await order(client, "drain", "d0"))["note"]
 
 
 async def test_another_router_and_one_that_is_started_anew_follow_the_orders():
