@@ -52,7 +52,7 @@ async def events(session: aiohttp.ClientSession, url: str, body: dict[str, objec
     async with session.post(f"{url}/v1/completions", json=body | {"stream": True}) as reply:
         async for line in reply.content:
             data = line.strip().removeprefix(b"data: ")
-            if data and data != b"[DONE]":
+            if data and data != b"[DONE]" and not data.startswith(b":"):
                 event = json.loads(data)
                 if "error" in event:
                     raise RuntimeError(str(event["error"]))

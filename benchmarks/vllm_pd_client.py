@@ -60,7 +60,7 @@ async def ask(
             raise RuntimeError(f"{url} answered {response.status}: {await response.text()}")
         async for line in response.content:
             data = line.strip().removeprefix(b"data: ")
-            if not data or data == b"[DONE]":
+            if not data or data == b"[DONE]" or data.startswith(b":"):
                 continue
             event = json.loads(data)
             if "error" in event:

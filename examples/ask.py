@@ -26,11 +26,12 @@ def stream(url: str, body: dict[str, Any], request_id: str) -> Iterator[dict[str
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=120) as reply:
         for line in reply:
-            data = line.strip().removeprefix(b"data: ")
+            if not line.startswith(b"data:"):  # between two events, or a comment: the answer stands still for a while
+                continue
+            data = line.removeprefix(b"data:").strip()
             if data == b"[DONE]":
                 return
-            if data:
-                yield json.loads(data)
+            yield json.loads(data)
     raise SystemExit("the stream ended without [DONE]")
 
 

@@ -37,7 +37,7 @@ class ApiLimits:
     send_timeout_s: float = 30.0
     """A client that takes nothing for so long is gone: it would hold its place on a node until the request's time is
     up."""
-    look_s: float = 5.0
+    look_s: float = 10.0
     """Between two looks at which streams are silent (see `router.api.silences`)."""
 
 

@@ -109,7 +109,7 @@ async def stream_on(subject: ClusterHandle, session: aiohttp.ClientSession, prom
             data = line.strip().removeprefix(b"data: ")
             if data == b"[DONE]":
                 return tokens
-            for choice in msgspec.json.decode(data)["choices"] if data else ():
+            for choice in msgspec.json.decode(data)["choices"] if data and not data.startswith(b":") else ():
                 tokens += choice.get("token_ids") or []
     raise AssertionError("the stream ended without [DONE]")
 

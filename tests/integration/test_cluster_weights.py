@@ -105,7 +105,7 @@ async def _tokens(subject: ClusterHandle, fields: dict[str, Any]) -> tuple[list[
     async with subject.session.post(f"{subject.url}/v1/completions", json=body) as reply:
         async for line in reply.content:
             data = line.strip().removeprefix(b"data: ")
-            if not data or data == b"[DONE]":
+            if not data or data == b"[DONE]" or data.startswith(b":"):
                 continue
             event = json.loads(data)
             if "error" in event:

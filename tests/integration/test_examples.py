@@ -2,8 +2,11 @@
 
 import asyncio
 import re
+import runpy
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from support.cluster import cluster
@@ -29,6 +32,28 @@ def test_each_example_says_how_it_is_run():
     for path in EXAMPLES:
         assert f"Run: python examples/{path.name}" in path.read_text(), path
     assert [path.name for path in EXAMPLES] == ["ask.py", "reuse.py"], "a new example needs a test below"
+
+
+class StandsStill(BaseHTTPRequestHandler):
+    """Streams two events, and comments around them."""
+
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        events = (b": no node is up", b'data: {"n": 1}', b": nothing new yet", b'data: {"n": 2}', b"data: [DONE]")
+        self.wfile.write(b"\n\n".join((*events, b"")))
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_an_answer_that_stands_still_is_read_to_its_end():
+    with HTTPServer(("127.0.0.1", 0), StandsStill) as server:
+        serving = Thread(target=server.handle_request)
+        serving.start()
+        stream = runpy.run_path(str(ROOT / "examples" / "ask.py"))["stream"]
+        assert list(stream(f"http://127.0.0.1:{server.server_port}", {}, "one")) == [{"n": 1}, {"n": 2}]
+        serving.join()
 
 
 @pytest.mark.slow

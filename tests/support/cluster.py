@@ -145,7 +145,7 @@ class ClusterHandle:
                 data = line.strip().removeprefix(b"data: ")
                 if data == b"[DONE]":
                     return
-                if data:
+                if data and not data.startswith(b":"):
                     yield json.loads(data)
         raise AssertionError("the stream ended without [DONE]")
 
