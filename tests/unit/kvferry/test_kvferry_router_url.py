@@ -1,0 +1,40 @@
+"""Which of several routers a command asks."""
+
+import argparse
+import socket
+import threading
+from pathlib import Path
+
+from kvferry.router_url import router_url
+
+
+def file_of(folder: Path, *ports: int) -> argparse.Namespace:
+    file = folder / "c.yaml"
+    others = [f"127.0.0.1:{port}" for port in ports[1:]]
+    file.write_text(
+        "cluster: c\nmodel: {path: sim, name: sim}\nengine: {kind: sim}\nnodes: {d0: {role: decoder, port: 1}}\n"
+        f"router: {{port: {ports[0]}}}\nrouters: {others}\n"
+    )
+    return argparse.Namespace(url=None, config=file)
+
+
+def answer(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(100)
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+
+
+def test_a_router_that_takes_connections_and_hangs_is_passed_over(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hung, socket.create_server(("127.0.0.1", 0)) as there:
+        answers = threading.Thread(target=answer, args=(there,), daemon=True)
+        answers.start()
+        ports = hung.getsockname()[1], there.getsockname()[1]
+        assert router_url(file_of(tmp_path, *ports)) == f"http://127.0.0.1:{ports[1]}"
+        answers.join()
+
+
+def test_where_none_answers_it_is_the_first(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = one.getsockname()[1], other.getsockname()[1]
+    assert router_url(file_of(tmp_path, *ports)) == f"http://127.0.0.1:{ports[0]}"
