@@ -68,16 +68,22 @@ def add_router_options(parser: argparse.ArgumentParser, config_type: Callable[[s
 def router_url(arguments: argparse.Namespace) -> str:
     """By these options. Raises ConfigError for a file that is none."""
     from kvcore.config.schema import RouterConfig
-    from kvcore.config.servers import operators_urls_of
     from kvcore.ports import base_url
 
     url, config = base_url(RouterConfig().host, RouterConfig().port), None
     if arguments.url is not None:
         url = arguments.url
     elif (config := _config(arguments)) is not None:
-        urls = operators_urls_of(config)
-        url = next((one for one in urls if len(urls) == 1 or _listens(one)), urls[0])
+        url = url_that_answers(config)
     return str(url).rstrip("/")
+
+
+def url_that_answers(config: "ClusterConfig") -> str:
+    """Where operators ask the first router of the file that says a word; where none does, the first."""
+    from kvcore.config.servers import operators_urls_of
+
+    urls = operators_urls_of(config)
+    return next((one for one in urls if len(urls) == 1 or _listens(one)), urls[0])
 
 
 def _listens(url: str) -> bool:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from kvferry.router_url import seconds, terminal
+from kvferry.router_url import seconds, terminal, url_that_answers
 
 
 def add_rollout(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]) -> None:
@@ -39,7 +39,6 @@ def _count(text: str) -> int:
 
 def _rollout(given: argparse.Namespace) -> int:
     from kvcore.config.file import load_config
-    from kvcore.config.servers import operators_url_of
     from kvcore.errors import ConfigError
     from kvcore.trust.opening import open_trust, trust_source
     from kvferry.rollout.command import RolloutCommand, RolloutOptions
@@ -55,7 +54,7 @@ def _rollout(given: argparse.Namespace) -> int:
         file=file,
         overrides=given.overrides,
         running=given.config,
-        url=(given.url or operators_url_of(config)).rstrip("/"),
+        url=(given.url or url_that_answers(config)).rstrip("/"),
         trust=open_trust(trust_source(config)),
         limits=RolloutLimits(
             drain_s=given.drain or config.router.request_timeout_s, start_s=given.start or config.service.start_s

@@ -5,6 +5,10 @@ import socket
 import threading
 from pathlib import Path
 
+import pytest
+
+from kvferry.cli import main
+from kvferry.rollout.command import RolloutCommand
 from kvferry.router_url import router_url
 
 
@@ -31,6 +35,19 @@ def test_a_router_that_takes_connections_and_hangs_is_passed_over(tmp_path: Path
         answers.start()
         ports = hung.getsockname()[1], there.getsockname()[1]
         assert router_url(file_of(tmp_path, *ports)) == f"http://127.0.0.1:{ports[1]}"
+        answers.join()
+
+
+@pytest.mark.parametrize("words", [[], ["--back"]])
+def test_a_rollout_passes_over_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(RolloutCommand, "run", lambda it: asked.append(it._options.url) or 0)
+    with socket.create_server(("127.0.0.1", 0)) as hung, socket.create_server(("127.0.0.1", 0)) as there:
+        answers = threading.Thread(target=answer, args=(there,), daemon=True)
+        answers.start()
+        ports = hung.getsockname()[1], there.getsockname()[1]
+        assert main(["rollout", str(file_of(tmp_path, *ports).config), *words]) == 0
+        assert asked == [f"http://127.0.0.1:{ports[1]}"]
         answers.join()
 
 
