@@ -123,6 +123,12 @@ class RequestLegs:
         self._watch(leg, computes, is_prefill=False)
         return self._decode(action, leg, told.documents)
 
+    @property
+    def may_be_approximate(self) -> bool:
+        """Whether some of the prompt is, or no decode leg has said yet."""
+        asks = self.spec.documents is not None and self.spec.documents.told is not None
+        return self.approximate_tokens > 0 or (asks and not self.has_told)
+
     def computes_itself(self, leg: str) -> None:
         """Nobody hands this decode leg over what it waited for: its first token has the time that this takes."""
         found = self._legs.get(leg)

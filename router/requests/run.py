@@ -10,12 +10,8 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
-
 from kvcore.errors import CancelledByPeerError, EngineError, KVFerryError
 from nodeapi.messages import TokenDelta
-from nodeapi.sampling import SamplingParams
-from router.nodes.cluster import Cluster
 from router.requests.completions import PromptScores
 from router.requests.events import (
     Action,
@@ -38,6 +34,7 @@ from router.requests.events import (
     StopHit,
     TimerFired,
 )
+from router.requests.flow.end_tokens import EndTokens
 from router.requests.flow.outputs import Outputs
 from router.requests.flow.timers import RunningTimer
 from router.requests.ledger import RequestMachine
@@ -51,19 +48,6 @@ from router.routing.decision import Decision
 _log = logging.getLogger("router")
 _DEADLINE, _GONE = DeadlinePassed(), ClientGone()
 _FIRED = {timer: TimerFired(timer) for timer in RequestTimer}
-
-
-class _EndTokens(msgspec.Struct):
-    """Those that end a completion. Looked up when one is asked of: only where a leg dies behind the last token."""
-
-    cluster: Cluster
-    decoder: str
-    sampling: SamplingParams
-
-    def __contains__(self, token: object) -> bool:
-        if token in self.sampling.stop_token_ids:
-            return True
-        return not self.sampling.ignore_eos and token in self.cluster.eos_token_ids(self.decoder)
 
 
 class RequestRun:
@@ -120,7 +104,7 @@ class RequestRun:
             min_tokens=sampling.min_tokens,
             attempts=services.config.attempts,
             num_chunks=self._legs.num_chunks(route.decoder, route.prefiller),
-            end_token_ids=_EndTokens(services.cluster, route.decoder, sampling),
+            end_token_ids=EndTokens(services.cluster, route.decoder, sampling),
             logprobs=sampling.logprobs is not None,
             scores=None if (top := sampling.prompt_logprobs) is None else PromptScores(spec.prompt_token_ids, top),
             handoff=services.handoff,
@@ -148,9 +132,7 @@ class RequestRun:
     @property
     def may_be_approximate(self) -> bool:
         """Whether some of it is, or no decode leg has said yet."""
-        named = self._legs.spec.documents
-        asks = named is not None and named.told is not None
-        return self.approximate_tokens > 0 or (asks and not self._legs.has_told)
+        return self._legs.may_be_approximate
 
     def drop(self) -> None:
         """It will not be entered. Nothing comes of this if it was."""
@@ -165,7 +147,7 @@ class RequestRun:
         spent_s = self._services.clock.now() - self.started_at
         timeout_s = max(0.0, self._services.config.request_timeout_s - spent_s)
         self._timers["deadline"] = self._services.timers.start(self, _DEADLINE, timeout_s)
-        self._carry_out(self.machine.start(self._route))
+        self._carry_out(self.machine.start, self._route)
         return self
 
     async def __aexit__(
@@ -235,15 +217,19 @@ class RequestRun:
 
     # --- LegListener ---
 
-    def tell(self, event: RequestEvent) -> None:
-        """An event happened: carry out what the ledger makes of it."""
-        self._carry_out(self.machine.handle(event))
+    def tell(self, event: RequestEvent) -> bool:
+        """An event happened: carry out what the ledger makes of it. Whether it makes anything of it."""
+        return self._carry_out(self.machine.handle, event)
 
     def take(self, leg: str, delta: TokenDelta) -> bool:
         """See LegListener."""
         machine = self.machine
         self._telling = leg
-        self._execute(machine.handle(DeltaReceived(leg, delta)))
+        try:
+            self._execute(machine.handle(DeltaReceived(leg, delta)))
+        except Exception:  # see `_crash`
+            self._crash()
+            return False
         self._telling = None
         if not machine.runs(leg):
             self.outputs.deliver()
@@ -255,15 +241,30 @@ class RequestRun:
 
     def stalled(self, leg: LegRecord, error: KVFerryError) -> None:
         """See LegListener."""
-        if actions := self.machine.handle(LegStalled(leg.id, error)):
+        if self.tell(LegStalled(leg.id, error)):
             leg.error = f"{error.code}: {error.message}"
-            self._carry_out(actions)
+
+    def _crash(self) -> None:
+        """The ledger has a bug, or what carries its actions out: some are lost, and what waits for them would wait for
+        good. The request fails at once, every leg is cancelled, and whoever told it something goes on."""
+        _log.exception("request_crashed id=%s", self.record.id)
+        self.machine.ended = True
+        for task in self._tasks.values():
+            if task is not asyncio.current_task():
+                task.cancel()  # its node is left by that
+        if self.outputs.end is None:
+            self._close(Fail(EngineError("internal error")))
 
     # --- actions ---
 
-    def _carry_out(self, actions: list[Action]) -> None:
-        self._execute(actions)
-        self.outputs.deliver()
+    def _carry_out(self, decide: Callable[[Any], list[Action]], what: object) -> bool:
+        try:
+            self._execute(actions := decide(what))
+            self.outputs.deliver()
+        except Exception:  # see `_crash`
+            self._crash()
+            return True
+        return bool(actions)
 
     def _execute(self, actions: list[Action]) -> None:
         for action in actions:

@@ -25,7 +25,7 @@ class LegListener(Protocol):
         """Where it is."""
         ...
 
-    def tell(self, event: LegEvent) -> None:
+    def tell(self, event: LegEvent) -> object:
         """Something happened to a leg."""
         ...
 

@@ -15,7 +15,7 @@ from router.requests.events import RequestEvent
 
 
 class _Timed(Protocol):
-    def tell(self, event: RequestEvent) -> None:
+    def tell(self, event: RequestEvent) -> object:
         """It happened."""
         ...
 

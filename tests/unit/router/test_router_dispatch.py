@@ -18,10 +18,12 @@ from kvcore.errors import (
 from kvcore.types import Role
 from nodeapi.messages import FinishReason, GenerateRequest, LegInfo, TokenDelta
 from nodeapi.sampling import SamplingParams
+from router.requests.events import DeadlinePassed, DecodeFailed, DeltaReceived, PrefillDone, TimerFired
+from router.requests.ledger import RequestMachine
 from router.requests.limits import RequestLimits
 from router.requests.run import RequestRun
 from router.requests.spec import AnswerRequest, RequestSpec
-from router.routing.decision import Decision
+from router.routing.decision import Decision, Route
 from router.routing.policies import least_loaded
 from router.routing.views import ClusterView, RouteRequest
 
@@ -96,6 +98,42 @@ async def test_a_policy_that_raises_fails_no_request_and_hangs_none_that_is_trie
     async with asyncio.timeout(10):
         assert (await tokens_of(open_run(rig)))[0] == expected(PROMPT, 8)
     assert rig.log.retried == 1 and "a policy's bug" in caplog.text and "policy_failed" in caplog.text
+    await assert_quiet(rig)
+
+
+@pytest.mark.parametrize("event", [Route, DeltaReceived, PrefillDone, DecodeFailed, TimerFired, DeadlinePassed])
+async def test_a_bug_of_the_ledger_fails_its_request_at_once_and_leaves_nothing(
+    event: type, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, hit = RequestMachine._set_state, 0
+
+    def buggy(self: RequestMachine, happened: object) -> None:
+        nonlocal hit
+        if type(happened) is event and not hit:
+            hit += 1
+            raise AssertionError("a bug")
+        real(self, happened)  # type: ignore[arg-type]
+
+    rig = await make_rig(limits=IMPATIENT)
+    run = open_run(rig, name="buggy")
+    if event in (DecodeFailed, TimerFired):
+        for node in (rig.nodes["d0"], rig.nodes["d1"]):
+            node.die_after = 3
+    if event is TimerFired:  # it waits for a node
+        for node in rig.nodes.nodes:
+            node.stays_dead = node.role is Role.DECODER
+            node.down = node.role is Role.PREFILLER
+    monkeypatch.setattr(RequestMachine, "_set_state", buggy)
+    async with asyncio.timeout(10):
+        with pytest.raises(EngineError, match=r"^internal error$"):
+            async with run:
+                if event is DeadlinePassed:
+                    run.cut(DeadlineExceededError("its time is up"))
+                async for _ in run:
+                    pass
+    assert hit == 1 and "request_crashed id=buggy" in caplog.text and "a bug" in caplog.text
+    assert rig.log.failed == 1
+    await until(lambda: all(node.running == 0 for node in rig.nodes.nodes))
     await assert_quiet(rig)
 
 
