@@ -113,6 +113,8 @@ class RequestRecord(msgspec.Struct, kw_only=True):
 
     id: str
     client_request_id: str | None = None
+    answer_id: str | None = None
+    """None: it is `id`."""
     tenant: str = ""
     """Whose it is; empty: no keys are configured."""
     adapter: str = ""
@@ -180,6 +182,7 @@ def record_of(spec: RequestSpec, decision: Decision, waited_s: float = 0.0) -> R
     return RequestRecord(
         id=spec.request_id,
         client_request_id=spec.client_request_id,
+        answer_id=spec.answer_id,
         tenant=spec.tenant,
         adapter=spec.adapter,
         prompt_tokens=len(spec.prompt_token_ids),
@@ -264,8 +267,8 @@ class RequestLog:
         return [record.brief() for record in reversed(self._ring.values()) if shown(record.tenant)]
 
     def named(self, name: str) -> list[RequestRecord]:
-        """All in the ring, newest first, of which this is the id or the client's own X-Request-Id."""
-        found = [one for one in reversed(self._ring.values()) if name in (one.id, one.client_request_id)]
+        """All in the ring, newest first, of which this is the id, the answer's, or the client's own X-Request-Id."""
+        found = [one for one in reversed(self._ring.values()) if name in (one.id, one.client_request_id, one.answer_id)]
         return [self._explained(record) for record in found]
 
     def find(self, request_id: str, shown: Callable[[str], bool] = lambda _tenant: True) -> RequestRecord | None:

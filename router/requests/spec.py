@@ -156,13 +156,15 @@ class AnswerReading:
 
 
 class RequestSpec(msgspec.Struct, frozen=True):
-    """One prompt in tokens, validated. `request_id` is unique; `client_request_id` is the client's own name for it."""
+    """One prompt in tokens, validated. `request_id` is unique; `client_request_id` is the client's own name for it, and
+    `answer_id` the `id` of the answer, where the client chose that, too."""
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     cache_salt: bytes = b""
     client_request_id: str | None = None
+    answer_id: str | None = None
     hints: Sequence[CacheHint] = ()
     """What the client asks of the cache."""
     tenant: str = ""

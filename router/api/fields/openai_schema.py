@@ -82,6 +82,7 @@ def answer_request(
     room = context - longest
     flow, session = flow_of(request, limits), session_of(request)
     specs: list[RequestSpec] = []
+    client_id = _client_id(request_id, request.request_id, limits)
     for number, (whole, said) in enumerate(zip_longest(prompts, documents)):
         prompt = truncated(whole, request.truncate_prompt_tokens, request.truncation_side, room, context)
         sampling = sampling_of(
@@ -101,6 +102,7 @@ def answer_request(
                 sampling=sampling,
                 cache_salt=salt,
                 client_request_id=client_request_id,
+                answer_id=client_id or None,
                 hints=hints,
                 session=session,
                 flow=flow,
@@ -116,7 +118,7 @@ def answer_request(
         shown=_shown(request, prompt_text, scoring),
         names=_field_names(request, prompt_name, form, named),
         turn=Turn(flow, priority=_priority(request.priority)),
-        client_id=_client_id(request_id, request.request_id, limits),
+        client_id=client_id,
         repetition=_repetition(request.repetition_detection, limits),
         reading=reading,
         token_prompts=isinstance(request, CompletionRequest) and not _is_text(request.prompt),

@@ -103,8 +103,11 @@ async def test_the_clients_request_id_names_the_answer_and_its_record_stays_ours
     for _ in range(2):
         reply, _ = await asked(path, rig, request_id="mine", stream=stream)
         bodies = events_of(reply) if stream else [reply.json()]
-        assert {body["id"] for body in bodies} == {"chatcmpl-mine" if "chat" in path else "cmpl-mine"}
+        name = "chatcmpl-mine" if "chat" in path else "cmpl-mine"
+        assert {body["id"] for body in bodies} == {name}
         ids |= {record.id for record in rig.log.newest()}
+        found = rig.log.find(name)
+        assert found is not None and (found.id, found.answer_id) == (rig.log.newest()[0].id, name)
     assert len(ids) == 2, "two requests of one name are two"
 
 
