@@ -27,12 +27,13 @@ class RoleCommand:
     take_s: float = 60.0
 
     async def change(self, router: RouterCalls) -> int:
-        """The exit code. 0: it serves so, or is drained as it was before. 1: it has not taken the role in time."""
+        """The exit code. 0: it serves so, or is drained as it was before. 1: it has not taken the role in time, or was
+        told another one meanwhile: whoever told it the last goes on."""
         before = await self._row(router)
-        if before.role == self.role and before.state not in ("draining", "drained"):
+        if before.role == self.role and not _is_drained(before):
             self._say(f"{self.node} serves as a {self.role} already")
             return self._end(before, 0)
-        if own := before.state not in ("draining", "drained"):
+        if own := not _is_drained(before):
             await self._order(router, "drain", NodeOrderBody(node=self.node))
         row = await wait_drained(router, self.node, self.wait_s, self.commands.poll_s) or before
         left = f"; {row.requests} requests go on there" if row.state == "draining" else ""
@@ -40,13 +41,15 @@ class RoleCommand:
         await self._order(router, "role", NodeOrderBody(node=self.node, role=self.role))
         row, problem = await self._until_taken(router)
         if problem:
-            why = f"has not taken the role in {self.take_s:g} s: {problem}; it stays drained"
-            sys.stderr.write(f"kvferry: {self.node} {why}\n")
+            stays = f"; it stays drained: `kvferry resume {self.node}`" if own and row.state != "ready" else ""
+            sys.stderr.write(f"kvferry: {self.node} {problem}{stays}\n")
             return self._end(row, 1)
-        if not own:
-            self._say(f"{self.node} is a {self.role} now, and stays drained, as it was: `kvferry resume {self.node}`")
+        if not own and _is_drained(row):
+            until = f"until whoever drained it resumes it: `kvferry resume {self.node}`"
+            self._say(f"{self.node} is a {self.role} now, and stays drained, as it was, {until}")
             return self._end(row, 0)
-        row = (await self._order(router, "undrain", NodeOrderBody(node=self.node))).node or row
+        if own:
+            row = (await self._order(router, "undrain", NodeOrderBody(node=self.node))).node or row
         self._say(f"{self.node} serves as a {self.role}, whatever its file says: write it there, too")
         return self._end(row, 0)
 
@@ -55,10 +58,13 @@ class RoleCommand:
         ends = loop.time() + self.take_s
         while True:
             row = await self._row(router)
+            if row.ordered_role not in ("", self.role):
+                return row, f"was told to serve as a {row.ordered_role} meanwhile, and not as a {self.role} any more"
             if row.role == self.role and row.serves:
                 return row, ""
             if loop.time() >= ends:
-                return row, f"{row.state}{f', {row.why}' if row.why else ''}"
+                why = f"{row.state}{f', {row.why}' if row.why else ''}"
+                return row, f"has not taken the role in {self.take_s:g} s: {why}"
             await asyncio.sleep(self.commands.poll_s)
 
     async def _row(self, router: RouterCalls) -> NodeRow:
@@ -78,3 +84,7 @@ class RoleCommand:
         if self.commands.as_json:
             sys.stdout.write(msgspec.json.encode(row).decode() + "\n")
         return code
+
+
+def _is_drained(row: NodeRow) -> bool:
+    return row.state in ("draining", "drained")

@@ -41,6 +41,7 @@ class NodeAdmin:
         self._cluster, self._metadata, self._clock = cluster, metadata, clock
         self._probe, self._trial, self._connected = probe, trial, connected
         self._orders: dict[str, NodeOrder] = {}
+        self._roles: dict[str, str] = {}
         self._since: dict[str, tuple[str, float]] = {}
         """Node -> its state, and since when (Unix seconds)."""
 
@@ -70,8 +71,9 @@ class NodeAdmin:
     async def _take_orders(self) -> None:
         given = await self._metadata.node_orders()
         self._orders = {order.node_id: order for order in given.orders}
+        self._roles = {one.node_id: one.role for one in given.roles}
         known = {role.value: role for role in (Role.PREFILLER, Role.DECODER)}
-        roles = {one.node_id: known[one.role] for one in given.roles if one.role in known}
+        roles = {name: known[role] for name, role in self._roles.items() if role in known}
         self._cluster.on_orders(given.orders, roles)
 
     # --- looking -----------------------------------------------------------------------------------------------------
@@ -112,6 +114,7 @@ class NodeAdmin:
         return NodeRow(
             id=node.id,
             role=node.role.value,
+            ordered_role=self._roles.get(node.id, ""),
             state=state,
             why=why,
             since=order.since if order is not None and drained and state != LOST else self._since[node.id][1],

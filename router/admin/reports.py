@@ -16,6 +16,8 @@ class NodeRow(msgspec.Struct, kw_only=True):
 
     id: str
     role: str = ""
+    ordered_role: str = ""
+    """As what it was last told to serve, which it may not have heard of yet; empty: as its file says."""
     state: str
     """`ready`, `starting`, `registering`, `draining`, `drained`, `lost` or `refused`."""
     why: str = ""

@@ -144,11 +144,12 @@ def test_a_cluster_that_is_down_is_one_line(capsys, words):
 
 
 class RoleRouter(FakeRouter):
-    """A node that takes the role that it is told, unless it is `deaf`."""
+    """A node that takes the role that it is told, unless it is `deaf`. `then`: what happens to it right after that."""
 
     def __init__(self, **row: Any) -> None:
         super().__init__()
         self.deaf = False
+        self.then: dict[str, Any] = {}
         self.row = r.NodeRow(id="d0", role="decoder", **{"state": "ready", "serves": True, "requests": 0} | row)
 
     async def answer(self, request: web.Request) -> web.Response:
@@ -158,7 +159,7 @@ class RoleRouter(FakeRouter):
             self.asked.append((what, json.loads(raw).get("role")))
             changes: dict[str, Any] = {"drain": {"state": "drained"}, "undrain": {"state": "ready"}}.get(what, {})
             if what == "role" and not self.deaf:
-                changes = {"role": json.loads(raw)["role"]}
+                changes = {"role": json.loads(raw)["role"], "ordered_role": json.loads(raw)["role"]} | self.then
             self.row = msgspec.structs.replace(self.row, **changes)
         self.report, self.ordered = r.NodesReport(nodes=[self.row]), r.NodeOrdered(node=self.row)
         return web.Response(body=msgspec.json.encode(self.ordered if raw else self.report))
@@ -186,7 +187,7 @@ async def test_one_that_was_drained_stays_drained_and_one_that_is_deaf_is_said(c
     fake = RoleRouter(state="draining", requests=2)
     code, said = await change_role(fake)
     assert code == 0 and fake.asked == [("role", "prefiller")]
-    assert "2 requests go on there" in said and "stays drained, as it was: `kvferry resume d0`" in said
+    assert "2 requests go on there" in said and "stays drained, as it was, until whoever drained it" in said
     deaf = RoleRouter()
     deaf.deaf = True
     assert (await change_role(deaf))[0] == 1 and deaf.row.state == "drained"
@@ -194,6 +195,21 @@ async def test_one_that_was_drained_stays_drained_and_one_that_is_deaf_is_said(c
     deaf.row.id = "another"
     with pytest.raises(CacheCommandError, match="there is no node d0: known are another"):
         await change_role(deaf)
+
+
+async def test_of_two_role_changes_the_last_holds_and_each_says_what_is_so(capsys):
+    """The second finds the node drained by the first, which used it again although it was another's by then."""
+    first = RoleRouter()
+    first.then = {"ordered_role": "decoder"}  # it has taken the role, and is told the next one
+    assert (await change_role(first))[0] == 1 and ("undrain", None) not in first.asked
+    why = "d0 was told to serve as a decoder meanwhile, and not as a prefiller any more; it stays drained"
+    assert why in capsys.readouterr().err
+    second = RoleRouter(state="drained")
+    second.then = {"state": "ready"}  # whoever drained it has resumed it
+    code, said = await change_role(second)
+    assert code == 0 and said.splitlines()[1:] == [
+        "d0 serves as a prefiller, whatever its file says: write it there, too"
+    ]
 
 
 # --- rebalance ----------------------------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ async def test_a_role_that_was_ordered_goes_before_the_files_for_this_and_every_
     """The node hears of it from the metadata server; until it says so itself it is not used."""
     rig, client = await nodes_rig(connected=True)
     join(rig, "d0", "d1")
-    assert (await order(client, "role", "d0", role="prefiller"))["node"]["serves"] is False
+    told = (await order(client, "role", "d0", role="prefiller"))["node"]
+    assert (told["serves"], told["ordered_role"]) == (False, "prefiller")
     assert "is decoder d0, not prefiller d0" in str(rig.cluster.nodes["d0"].problem)
     rig.nodes["d0"].role = Role.PREFILLER
     await rig.prober.probe()
