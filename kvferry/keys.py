@@ -23,6 +23,7 @@ from kvcore.tenants.keys import (
     new_key,
     parse_keys,
 )
+from kvferry.router_url import seconds
 from kvferry.secret import make_like
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def add_keys(parser: argparse.ArgumentParser, config_type: Callable[[str], Path]
     create.add_argument("--concurrency", type=int, metavar="N", help="requests under way at a time")
     create.add_argument("--cache-share", type=float, metavar="SHARE", help="of each segment and disk; 0.25: a quarter")
     create.add_argument("--priority", choices=get_args(Priority), help="who is refused first where there is much to do")
-    create.add_argument("--first-token-s", type=float, metavar="S", help="how long a first token may take")
+    create.add_argument("--first-token-s", type=seconds, metavar="S", help="how long a first token may take")
     listing = command("list", run_list, "show which keys there are, whose they are and what their tenants may")
     listing.add_argument("--json", action="store_true", help="one line of JSON")
     revoke = command("revoke", run_revoke, "let a key hold no longer: routers know it within a second or two")

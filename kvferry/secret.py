@@ -22,7 +22,17 @@ def add_secret(parser: argparse.ArgumentParser) -> None:
     certs.set_defaults(command=_run_certs)
     certs.add_argument("folder", type=Path, metavar="FOLDER")
     certs.add_argument("--config", type=Path, required=True, help="the cluster file, which names the processes")
-    certs.add_argument("--days", type=float, default=365.0, help="how long the certificates hold (default: 365)")
+    certs.add_argument("--days", type=_days, default=365.0, help="how long the certificates hold (default: 365)")
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = 0.0
+    if not 0 < days <= 36_500:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of days, above 0 and up to 36500")
+    return days
 
 
 def _run_certs(arguments: argparse.Namespace) -> int:

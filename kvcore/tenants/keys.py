@@ -22,7 +22,7 @@ _NOBODYS = sha256(b"no key").digest()
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 TenantName = Annotated[str, msgspec.Meta(pattern=rf"^{_NAME}\Z")]
-_Above = Annotated[int, msgspec.Meta(ge=1)]
+_Above = Annotated[int, msgspec.Meta(ge=1, le=1 << 53)]  # what a float counts: rates are computed of them
 
 
 class TenantLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

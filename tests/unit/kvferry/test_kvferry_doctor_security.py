@@ -93,3 +93,10 @@ def test_the_command_makes_certificates_that_the_cluster_can_use(tmp_path, capsy
     assert (tmp_path / "certs" / "ca.pem").read_bytes() == ca, "renewed from the same CA"
     assert all(line.ok for line in found(f"security.tls={section}"))
     assert oct((tmp_path / "certs" / "ca.key").stat().st_mode & 0o777) == "0o600"
+
+
+@pytest.mark.parametrize("days", ["inf", "nan", "1e9", "0", "-5", "a year"])
+def test_days_that_no_certificate_holds_are_refused(tmp_path, capsys, days):
+    with pytest.raises(SystemExit):
+        main(["secret", "certs", str(tmp_path / "certs"), "--config", str(SIM), f"--days={days}"])
+    assert f"--days: {days!r} is no number of days" in capsys.readouterr().err and not (tmp_path / "certs").exists()

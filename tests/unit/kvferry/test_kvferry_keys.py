@@ -94,6 +94,8 @@ def test_a_revoked_key_holds_no_longer_and_another_one_does(capsys, file):
     [
         (["create", "a b"], "no name of a tenant"),
         (["create", "a", "--concurrency", "0"], "concurrency"),
+        (["create", "a", "--requests-per-minute", "1" + "0" * 400], "requests_per_minute"),
+        (["create", "a", "--cache-share", "nan"], "cache_share"),
         (["revoke", "x"], "cannot be read"),
         (["list"], "cannot be read"),
     ],
@@ -101,6 +103,14 @@ def test_a_revoked_key_holds_no_longer_and_another_one_does(capsys, file):
 def test_what_cannot_be_is_said_and_nothing_is_written(capsys, file, words, said):
     code, _, err = run(capsys, *words, "--file", str(file))
     assert code == 2 and said in err and not file.exists()
+
+
+@pytest.mark.parametrize("seconds", ["inf", "1e400", "nan", "0"])
+def test_a_first_token_has_a_time_that_ends(capsys, file, seconds):
+    """No end was written down as `null`: what the cluster file says, and not what was asked for."""
+    with pytest.raises(SystemExit):
+        main(["keys", "create", "a", "--file", str(file), "--first-token-s", seconds])
+    assert f"--first-token-s: {seconds!r} is no time" in capsys.readouterr().err and not file.exists()
 
 
 def test_a_file_that_is_none_is_left_as_it_is(capsys, file):
