@@ -132,14 +132,20 @@ def _why(host: str, port: int, error: OSError) -> str:
 
 def port_holder(port: int) -> str | None:
     """`pid 123 (command line)` of the process that listens on `port`, or None where we may not see it."""
+    found = holder_of(port)
+    return None if found is None else f"pid {found[0]} ({' '.join(found[1])[:80]})"
+
+
+def holder_of(port: int) -> tuple[int, list[str]] | None:
+    """Its pid, and the words of its command line."""
     inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     for process in Path("/proc").iterdir() if inodes else ():
         if process.name.isdigit() and any(link in inodes for link in _open_files(process)):
             try:
-                words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+                words = (process / "cmdline").read_bytes().decode("utf-8", "replace").rstrip("\0").split("\0")
             except OSError:  # it has just ended
                 return None
-            return f"pid {process.name} ({words[:80]})"
+            return int(process.name), words
     return None
 
 

@@ -4,6 +4,7 @@ Checks are functions of a `Context`; the launcher runs `preflight`, `kvferry doc
 leave nothing behind.
 """
 
+import errno
 import importlib.metadata
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from kvferry.doctor.memory import check_segment_pages, nodes_here, reserved_byte
 from kvferry.doctor.mooncake import check_mooncake, mooncake_bytes
 from kvferry.doctor.objects import check_objects
 from kvferry.doctor.records import check_records
+from kvferry.doctor.running import silent_holder
 from kvferry.doctor.security import check_security
 from kvferry.doctor.servers import check_servers
 from kvferry.doctor.tiers import check_redis
@@ -86,6 +88,10 @@ def check_ports(context: Context) -> list[Finding]:
         except ConfigError as error:
             if name.removesuffix(".transfer_port").removesuffix(".admin_port") in context.running.names:
                 findings.append(Finding(f"port {name}", True, f"{host}:{port} is held by this cluster, which runs"))
+                continue
+            asked = not context.all_here and getattr(error.__cause__, "errno", None) == errno.EADDRINUSE
+            if asked and (silent := silent_holder(context.config, port)) is not None:
+                findings.append(Finding(f"port {name}", False, f"{host}:{port} {silent[0]}", silent[1]))
                 continue
             wrong, _, remedy = error.message.partition("; ")
             findings.append(Finding(f"port {name}", False, wrong, f"{remedy or 'set another port'} ({path})"))

@@ -1,11 +1,12 @@
 """Which processes of a cluster file run already: asked at their own addresses, so that the doctor takes none for a
-stranger that holds a port. Owns the calls.
+stranger that holds a port; and which of them hold one and say nothing. Owns the calls.
 """
 
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -14,9 +15,11 @@ import msgspec
 
 from kvcore.clock import SystemClock
 from kvcore.config.checks import metadata_ports
+from kvcore.config.file import load_config
 from kvcore.config.schema import ClusterConfig
 from kvcore.config.servers import internal_url, metadata_urls, operators_urls_of, secured_url
 from kvcore.errors import ConfigError, NotLeaderError
+from kvcore.ports import holder_of
 from kvcore.process.http_client import http_session, operators_session
 from kvcore.trust.opening import OPEN, ClusterTrust, open_trust, trust_source
 from kvcore.types import NodeInfo
@@ -106,6 +109,40 @@ async def find_running(config: ClusterConfig, timeout_s: float = 1.0) -> Running
     processes = (one for found in here.values() for one in found.processes)
     away += [f"process {one.name} of the router is not there: {one.problem}" for one in processes if one.problem]
     return RunningParts(frozenset(names), (*away, *cluster.problems), clocks)
+
+
+def silent_holder(config: ClusterConfig, port: int) -> tuple[str, str] | None:
+    """Of a port that was asked and gave no answer as this cluster's: what is wrong and what to do, if one of its own
+    processes holds it. None: another's does, or nobody may see whose."""
+    found = holder_of(port)
+    if found is None or _cluster_of(*found) != config.cluster:
+        return None
+    pid, words = found
+    what = f"is held by this cluster's own process {pid} ({' '.join(words)[:80]}), which"
+    again = f"else end it (`kill -9 {pid}`) and start it anew, unless `kvferry up` does"
+    if _is_stopped(pid):
+        return f"{what} is stopped (SIGSTOP)", f"`kill -CONT {pid}` lets it go on; {again}"
+    return (
+        f"{what} runs and does not answer, or not as this file expects",
+        f"if it has just begun wait a little; its log says why (`kill -USR1 {pid}`: what it does now); {again}",
+    )
+
+
+def _cluster_of(pid: int, words: list[str]) -> str | None:
+    """Of the file that a command line names, in whatever place: a rollout has its own copies."""
+    given = (words[at + 1] for at, word in enumerate(words[:-1]) if word == "--config")
+    file = next(given, next((word.partition("=")[2] for word in words if word.startswith("--config=")), None))
+    try:
+        return None if file is None else load_config(Path(f"/proc/{pid}/cwd", file)).cluster
+    except ConfigError:
+        return None
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except (OSError, IndexError):  # it has just ended
+        return False
 
 
 async def _clocks(config: ClusterConfig, trust: ClusterTrust, timeout: aiohttp.ClientTimeout) -> dict[str, float]:

@@ -1,10 +1,16 @@
 """The doctor beside a running cluster: its ports are its own, its memory is taken already, its problems are told."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
-from contextlib import AsyncExitStack, closing
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, closing, contextmanager
 from email.utils import formatdate
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,7 +33,7 @@ from kvcore.ports import listen
 from kvcore.trust.secret_text import new_secret
 from kvcore.types import Role
 from kvferry.doctor.checks import check_memory, check_ports, check_running
-from kvferry.doctor.findings import Context
+from kvferry.doctor.findings import Context, Finding
 from kvferry.doctor.records import check_records
 from kvferry.doctor.running import RunningParts, find_running
 from kvferry.doctor.security import check_security
@@ -135,6 +141,52 @@ async def test_where_nothing_runs_nothing_is_found_and_held_ports_are_wrong():
         finding = check_ports(Context(config, running=running))[0]
     assert not finding.ok and "is in use" in finding.detail
     assert check_running(Context(config, running=running)) == []
+
+
+LISTENS = """
+import socket, time
+it = socket.create_server(("127.0.0.1", 0))
+print(it.getsockname()[1], flush=True)
+time.sleep(60)
+"""
+FILE = "model: {path: sim, name: sim}\nengine: {kind: sim}\nnodes: {d0: {role: decoder, port: 1}}\ncluster: "
+
+
+@contextmanager
+def silent_process(folder: Path, name: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """One that is started as those of a cluster are, and its port; it takes connections and answers none."""
+    (folder / "c.yaml").write_text(FILE + name)
+    (folder / "listens.py").write_text(LISTENS)
+    words = [sys.executable, "listens.py", "--config", "c.yaml"]
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def finding_of(port: int, **how: Any) -> Finding:
+    return check_ports(Context(cluster(port, 9, 9), **how))[0]
+
+
+def test_a_process_of_this_cluster_that_hangs_or_is_stopped_is_no_stranger(tmp_path):
+    with silent_process(tmp_path, "c") as (process, port):
+        hangs = finding_of(port)
+        assert not hangs.ok and f"own process {process.pid} (" in hangs.detail
+        assert "which runs and does not answer" in hangs.detail and f"kill -USR1 {process.pid}" in hangs.remedy
+        assert "is in use by pid" in finding_of(port, all_here=True).detail, "nobody has asked it"
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        stopped = finding_of(port)
+    assert not stopped.ok and stopped.detail.endswith("which is stopped (SIGSTOP)")
+    assert stopped.remedy.startswith(f"`kill -CONT {process.pid}` lets it go on")
+
+
+def test_one_of_another_cluster_or_of_none_is_a_stranger(tmp_path):
+    for text in ("another", "c\nnothing: of ours"):
+        with silent_process(tmp_path, text) as (_, port):
+            assert finding_of(port).remedy == "stop it, or set another port (router.port)"
 
 
 async def test_what_a_running_cluster_has_taken_is_not_needed_again(serve):
