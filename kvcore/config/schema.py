@@ -242,7 +242,7 @@ class RouterConfig(Section, frozen=True, kw_only=True):
     stall_gap_s: Seconds = 2.0
     """So too between two tokens of a stream."""
     attempts: Count = 4
-    """Tries of one leg, over all nodes."""
+    """Tries of one leg, over all nodes; one more, after a pause, where the last of them went away."""
     probe_interval_s: Seconds = 1.0
     """Pause between two looks at each node's `/v1/info`; longer with more than 640 nodes."""
     max_body: ByteSize = ByteSize(8 << 20)

@@ -1,6 +1,6 @@
 """The n answers of one request: their tokens so far, and how each ends. State and what follows from it alone."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import msgspec
 
@@ -94,6 +94,10 @@ class Completions:
         if self._logprobs and len(delta.logprobs or ()) != len(delta.token_ids):
             return "not one logprob a token"
         return None
+
+    def tired(self, indices: Iterable[int], attempts: int) -> list[Completion]:
+        """Those of them that were tried so often."""
+        return [each for index in indices if (each := self._all[index]).tries >= attempts]
 
     def append(self, index: int, delta: TokenDelta, reason: FinishReason | None) -> Emit | None:
         """Add its tokens, and its end if `reason`. Nothing to emit where it has ended already, or the delta is empty,

@@ -84,9 +84,7 @@ class RequestMachine:
         handoff: HandoffKind = HandoffKind.KVFERRY,
         limits: RequestLimits = RequestLimits(),
     ) -> None:
-        self._limits = limits
-        self._id = request_id
-        self._attempts = attempts
+        self._limits, self._id, self._attempts = limits, request_id, attempts
         self.completions = Completions(n, max_tokens, min_tokens, end_token_ids, logprobs=logprobs, scores=scores)
         names = LegNames(request_id)
         self._decodes = DecodeLegs(self.completions, names, picker)
@@ -275,8 +273,8 @@ class RequestMachine:
             return []
         if (leg := self._decodes.running.get(event.leg)) is None:
             return self.prefill.stalled(event.leg, event.error)
-        tried = any(self.completions[index].tries >= self._attempts for index in leg.indices)
-        return [] if tried or not self._placement.could_leave(leg.node) else self._cancel_failed(leg, event.error)
+        tired = self.completions.tired(leg.indices, self._attempts)
+        return [] if tired or not self._placement.could_leave(leg.node) else self._cancel_failed(leg, event.error)
 
     def _decode_failed(self, leg: DecodeLeg, error: KVFerryError) -> list[Action]:
         """What becomes of the completions that the leg served:
@@ -304,14 +302,15 @@ class RequestMachine:
     def _place(self, indices: set[int]) -> list[Action]:
         """Find a decoder for completions that lost theirs:
 
-        1. One of them was tried too often without getting anywhere: the request fails.
+        1. One of them was tried too often without getting anywhere: the request fails, or waits for one more try.
         2. There is a decoder: it continues them.
         3. There is none, because all are full and nothing was emitted, or there has been none for too long: it fails.
         4. Else they wait.
         """
-        if any(self.completions[index].tries >= self._attempts for index in indices):
+        tired = self.completions.tired(indices, self._attempts)
+        if tired and not self._placement.one_more(tired, self.last_error):
             return self._end(Fail(self.last_error))
-        if (node := self._placement.decoder()) is not None:
+        if not tired and (node := self._placement.decoder()) is not None:
             return [*self._start_decodes(node, indices)]
         shed = isinstance(self.last_error, OverloadedError) and not self.completion_tokens
         if shed or self._placement.out_of_patience:

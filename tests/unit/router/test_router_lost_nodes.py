@@ -6,7 +6,8 @@ import pytest
 from support.router_fakes import FakeNode, Rig, expected, make_rig, until
 
 from kvcore.clock import ManualClock
-from kvcore.errors import EngineError
+from kvcore.config.schema import RouterConfig
+from kvcore.errors import EngineError, NodeUnavailableError
 from kvcore.types import NodeInfo, Role
 from metadata_server.messages import Event, EventKind
 from nodeapi.sampling import SamplingParams
@@ -134,6 +135,33 @@ async def test_nodes_that_are_lost_one_after_the_other_are_no_tries_of_a_request
     await rig.prober.probe()
     assert await task == expected(PROMPT, 8)
     assert run.record.retries == 4
+    await assert_quiet(rig)
+
+
+async def test_a_request_whose_nodes_all_die_under_it_waits_for_the_first_that_is_back() -> None:
+    rig = await make_rig()
+    for node in rig.nodes.nodes:
+        node.die_after, node.stays_dead = 0, True
+    run = open_run(rig)
+    task = asyncio.create_task(tokens_of(run))
+    await until(lambda: all(node.down for node in rig.nodes.nodes))
+    await rig.prober.probe()
+    node = rig.nodes["d0"]
+    node.down, node.die_after = False, None
+    await rig.prober.probe()
+    assert await task == expected(PROMPT, 8)
+    assert sorted(decode_legs(run)[:4]) == ["d0", "d1", "p0", "p1"] and decode_legs(run)[4:] == ["d0"]
+    await assert_quiet(rig)
+
+
+async def test_a_request_that_kills_every_node_is_tried_once_more_and_fails() -> None:
+    rig = await make_rig()
+    for node in rig.nodes.nodes:
+        node.die_after = 0
+    run = open_run(rig)
+    with pytest.raises(NodeUnavailableError):
+        await tokens_of(run)
+    assert len(decode_legs(run)) == RouterConfig().attempts + 1
     await assert_quiet(rig)
 
 
