@@ -122,7 +122,7 @@ class VllmClient:
             logprobs=sampling.logprobs,
             url=url,
             listed=sampling.logprob_token_ids,
-            prompt_tokens=len(request.prompt_token_ids),
+            told=(len(request.prompt_token_ids), len(request.output_token_ids)),
         )
         scores = await self._scores(url, request, first_s)
         with await self._calls.open("POST", where, body, first_s, headers) as answer:

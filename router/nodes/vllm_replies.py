@@ -38,11 +38,11 @@ class _Details(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens_details: _Details | None = None
 
-    def cached_tokens(self, prompt_tokens: int) -> int | None:
-        """Of a prompt of so many tokens. None: the server was not started with --enable-prompt-tokens-details, or says
-        what cannot be."""
+    def cached_tokens(self, prompt_tokens: int, others: int = 0) -> int | None:
+        """Of a prompt of so many tokens, of which the server was told `others` behind it, too. None: the server was not
+        started with --enable-prompt-tokens-details, or says what cannot be."""
         cached = self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else None
-        return cached if cached is not None and 0 <= cached <= prompt_tokens else None
+        return min(cached, prompt_tokens) if cached is not None and 0 <= cached <= prompt_tokens + others else None
 
 
 class _Error(msgspec.Struct):
@@ -151,11 +151,11 @@ class CompletionStream:
     """
 
     def __init__(
-        self, *, n: int, logprobs: int | None, url: str, listed: Sequence[int] = (), prompt_tokens: int = 0
+        self, *, n: int, logprobs: int | None, url: str, listed: Sequence[int] = (), told: tuple[int, int] = (0, 0)
     ) -> None:
-        """`listed`: tokens that logprobs are of, instead of the likeliest. `prompt_tokens`: of the prompt, without what
-        was generated before."""
-        self._prompt_tokens = prompt_tokens
+        """`listed`: tokens that logprobs are of, instead of the likeliest. `told`: how many tokens the prompt has, and
+        how many were generated before, which are the end of the server's prompt."""
+        self._told = told
         self._open = set(range(n))
         self._logprobs = logprobs
         self._listed = [f"{_TOKEN}{token}" for token in listed]
@@ -230,9 +230,9 @@ class CompletionStream:
 
     def _with_info(self, usage: _Usage) -> TokenDelta:
         (last,) = self.flush()
-        if (cached := usage.cached_tokens(self._prompt_tokens)) is None:
+        if (cached := usage.cached_tokens(*self._told)) is None:
             return last
-        info = LegInfo(cached_tokens=cached, computed_tokens=self._prompt_tokens - cached)
+        info = LegInfo(cached_tokens=cached, computed_tokens=self._told[0] - cached)
         return msgspec.structs.replace(last, info=info)
 
     def _delta(self, choice: _Choice) -> TokenDelta:

@@ -106,11 +106,18 @@ def test_a_stream_that_breaks_off_is_a_stream_all_the_same() -> None:
 @pytest.mark.parametrize("cached", [-7, 4, 10**15])
 def test_a_count_of_cached_tokens_that_cannot_be_is_none(cached: int) -> None:
     usage = {"prompt_tokens": -3, "prompt_tokens_details": {"cached_tokens": cached}}
-    stream = CompletionStream(n=1, logprobs=None, url=URL, prompt_tokens=3)
+    stream = CompletionStream(n=1, logprobs=None, url=URL, told=(3, 0))
     (last,) = stream.feed(chunks(choice(finish_reason="stop")) + event({"choices": [], "usage": usage}))
     assert last.finish_reason is FinishReason.STOP and last.info is None
     result = prefill_result(json.dumps({"usage": usage}).encode(), PREFILL, URL)
     assert (result.cached_tokens, result.computed_tokens) == (0, 3)
+
+
+def test_of_an_answer_that_goes_on_the_prompt_alone_is_cached() -> None:
+    usage = {"prompt_tokens": 8, "prompt_tokens_details": {"cached_tokens": 7}}
+    stream = CompletionStream(n=1, logprobs=None, url=URL, told=(3, 5))
+    (last,) = stream.feed(chunks(choice(finish_reason="stop")) + event({"choices": [], "usage": usage}))
+    assert last.info is not None and (last.info.cached_tokens, last.info.computed_tokens) == (3, 0)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +294,7 @@ def test_what_an_event_carries_wherever_it_is_cut() -> None:
         + b"data: [DONE]\n\n"
     )
     for size in (1, 7, len(body)):
-        stream = CompletionStream(n=2, logprobs=None, url=URL, prompt_tokens=9)
+        stream = CompletionStream(n=2, logprobs=None, url=URL, told=(9, 0))
         deltas = [delta for at in range(0, len(body), size) for delta in stream.feed(body[at : at + size])]
         assert stream.ended and not stream.holds
         assert [(delta.index, delta.token_ids) for delta in deltas] == [(1, [7, 8]), (0, [5]), (1, []), (0, [9])]
