@@ -82,7 +82,7 @@ $(VENV_LOAD)/.installed: scripts/load_clients_requirements.txt | $(VENV)/.create
 
 venv-vllm: $(VENV_VLLM)/.installed   ## that environment: vLLM for the CPU (2.5 GB, about two minutes)
 
-check: lint unit   ## under two minutes: ruff, mypy, import-linter, unit, property, conformance, simulation, arch tests
+check: lint unit   ## about three minutes on two cores: ruff, mypy, import-linter, unit, property, conformance, simulation, arch tests
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
