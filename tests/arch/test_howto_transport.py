@@ -60,7 +60,7 @@ def run(tree: Path, *command: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.slow
 @pytest.mark.parametrize(("suite", "least"), [(SUITES[0], 30), (SUITES[1], 5)])
 def test_the_pages_transport_passes_the_suites(tree: Path, suite: str, least: int) -> None:
-    done = run(tree, "pytest", "-q", "-k", "pread", "-m", "not slow", suite)
+    done = run(tree, "pytest", "-q", "-k", "pread", suite)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None and int(passed[1]) >= least
