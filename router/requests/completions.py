@@ -95,9 +95,14 @@ class Completions:
             return "not one logprob a token"
         return None
 
-    def tired(self, indices: Iterable[int], attempts: int) -> list[Completion]:
+    def tired(self, indices: Iterable[int], attempts: int) -> list[int]:
         """Those of them that were tried so often."""
-        return [each for index in indices if (each := self._all[index]).tries >= attempts]
+        return [index for index in indices if self._all[index].tries >= attempts]
+
+    def untry(self, indices: Iterable[int]) -> None:
+        """Their last leg was no try."""
+        for index in indices:
+            self._all[index].tries -= 1
 
     def append(self, index: int, delta: TokenDelta, reason: FinishReason | None) -> Emit | None:
         """Add its tokens, and its end if `reason`. Nothing to emit where it has ended already, or the delta is empty,

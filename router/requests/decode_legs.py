@@ -95,8 +95,7 @@ class DecodeLegs:
         """The leg, if it is under way: it is still to be removed."""
         leg = self.running.get(event.leg)
         if leg is not None and event.lost:
-            for index in leg.open:
-                self._completions[index].tries -= 1
+            self._completions.untry(leg.open)
         return leg
 
     def remove(self, leg: DecodeLeg) -> None:

@@ -308,8 +308,9 @@ class RequestMachine:
         4. Else they wait.
         """
         tired = self.completions.tired(indices, self._attempts)
-        if tired and not self._placement.one_more(tired, self.last_error):
+        if tired and not self._placement.one_more(self.last_error):
             return self._end(Fail(self.last_error))
+        self.completions.untry(tired)
         if not tired and (node := self._placement.decoder()) is not None:
             return [*self._start_decodes(node, indices)]
         shed = isinstance(self.last_error, OverloadedError) and not self.completion_tokens

@@ -11,7 +11,6 @@ from kvcore.errors import (
     OverloadedError,
 )
 from nodeapi.messages import TokenDelta
-from router.requests.completions import Completion
 from router.requests.decode_legs import DecodeLeg
 from router.requests.events import RequestTimer, StartTimer
 from router.requests.limits import RequestLimits
@@ -67,15 +66,13 @@ class DecoderPlacement:
             return None
         return ModelChangedError(f"node {leg.node} has other weights or settings than the answer began with")
 
-    def one_more(self, tired: list[Completion], last_error: KVFerryError) -> bool:
-        """Whether these, whose tries are used up, are tried once more, after a pause: nodes went away under them one
-        after the other, as all of a cluster do that goes down. In the pause it is found out which of them are there. A
-        request has this once: where it is the request that kills them, it kills no more than one more."""
+    def one_more(self, last_error: KVFerryError) -> bool:
+        """Whether completions whose tries are used up are tried once more, after a pause: nodes went away under them
+        one after the other, as all of a cluster do that goes down. In the pause it is found out which of them are
+        there. A request has this once: where it is the request that kills them, it kills no more than one more."""
         if self._had_one_more or last_error.code != NodeUnavailableError.code:
             return False
         self._had_one_more = True
-        for completion in tired:
-            completion.tries -= 1
         return True
 
     def why_none(self, last_error: KVFerryError) -> KVFerryError:

@@ -204,8 +204,7 @@ class PrefillHalf:
     def _restart_fetching(self) -> list[Action]:
         actions: list[Action] = []
         for leg in self._decodes.awaiting_kv:
-            for index in leg.open:
-                self._completions[index].tries -= 1  # it did not fail
+            self._completions.untry(leg.open)  # it did not fail
             actions.append(self._decodes.cancel(leg))
             actions += self._decodes.start(leg.node, leg.indices, source=self.source)
         return actions
