@@ -1,7 +1,7 @@
 """Other weights behind the model's path while a cluster runs: answers are theirs, and nothing of the old ones."""
 
 import asyncio
-import json
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +101,8 @@ async def test_answers_under_way_end_on_the_weights_that_they_began_with_or_are_
 async def _tokens(subject: ClusterHandle, fields: dict[str, Any]) -> tuple[list[int], str | None]:
     """What came of a stream, and the code of the error that ended it."""
     tokens: list[int] = []
-    body = {**subject._completion(PROMPT, fields), "stream": True}
-    async with subject.session.post(f"{subject.url}/v1/completions", json=body) as reply:
-        async for line in reply.content:
-            data = line.strip().removeprefix(b"data: ")
-            if not data or data == b"[DONE]" or data.startswith(b":"):
-                continue
-            event = json.loads(data)
+    async with aclosing(subject.events("/v1/completions", subject._completion(PROMPT, fields))) as events:
+        async for event in events:
             if "error" in event:
                 return tokens, event["error"]["code"]
             for choice in event["choices"]:
