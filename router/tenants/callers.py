@@ -16,6 +16,10 @@ _SCOPE = "kvferry.caller"
 _Begun = TypeVar("_Begun")
 
 
+async def _take_nothing(_: int) -> None:
+    """No limit is known."""
+
+
 class Caller(msgspec.Struct, frozen=True):
     """Of one request. `salt` None: no keys are configured, and a client's salt is taken as it is."""
 
@@ -32,7 +36,7 @@ class Caller(msgspec.Struct, frozen=True):
     """Of its priority where turns are taken, the least first."""
     first_token_s: float | None = None
     """How long a first token may take, by its tenant's limits."""
-    take_tokens: Callable[[int], None] = lambda _: None
+    take_tokens: Callable[[int], Awaitable[None]] = _take_nothing
     """Counts the tokens of its prompts. Raises RateLimitError where it may have no more."""
     give_back: Callable[[int], None] = lambda _: None
     """So many of them do not count."""
@@ -43,7 +47,7 @@ class Caller(msgspec.Struct, frozen=True):
         if self.salt is None:
             return await begin(request)
         tokens = sum(len(spec.prompt_token_ids) for spec in request.specs)
-        self.take_tokens(tokens)
+        await self.take_tokens(tokens)
         try:
             return await begin(self.salted(request))
         except BaseException:

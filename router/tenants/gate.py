@@ -23,10 +23,11 @@ from router.tenants.limits import GateLimits
 from router.tenants.paths import COUNTED, OPEN, is_clients
 from router.tenants.public import PublicPrefixes
 from router.tenants.rates import TenantUse, WrongKeys
-from router.tenants.shared_use import SharedUse
+from router.tenants.shared_use import SharedUse, TenantTotals
 from router.tenants.sides import is_certified, is_operators
 
 _RANKS: dict[Priority, int] = {"high": 0, "normal": 1, "low": 2}
+_ONE_REQUEST = TenantTotals(running=1, requests=1)
 FOR_TENANT = b"x-kvferry-tenant"
 """An admin's request with this header is of that tenant's KV."""
 
@@ -84,7 +85,7 @@ class TenantGate:
             if key is None and (app is self._proved or is_certified(scope)):
                 set_caller(scope, self._operator(scope))
             else:
-                admitted = self._admit(scope, self._check_key(scope, key))
+                admitted = await self._admit(scope, self._check_key(scope, key))
         except KVFerryError as error:
             headers = {**headers_for(error), "Connection": "close"}  # its body is not read
             await JsonReply(reply_of(error), error.http_status, headers)(scope, receive, send)
@@ -116,7 +117,7 @@ class TenantGate:
             raise AdminKeyError(f"{scope['method']} {scope['path']}: this needs an admin's API key")
         return record
 
-    def _admit(self, scope: Scope, record: KeyRecord) -> tuple[str, TenantUse] | None:
+    async def _admit(self, scope: Scope, record: KeyRecord) -> tuple[str, TenantUse] | None:
         """Sets the request's caller. Whose it is and by what it is counted; None: it is not. Raises RateLimitError."""
         admin = record.admin and (is_operators(scope) or not self._apart)
         tenant = (_for_tenant(scope) if admin else "") or record.tenant
@@ -143,6 +144,8 @@ class TenantGate:
         )
         if scope["path"] not in COUNTED:
             return None
+        await self._shared.before(tenant, _ONE_REQUEST)
+        now = self._clock.now()
         running = use.running + self._shared.running_elsewhere(tenant)
         if limits.concurrency is not None and running >= limits.concurrency:
             text = f"tenant {tenant} has {running} requests under way, as many as it may have"
@@ -154,10 +157,11 @@ class TenantGate:
             use.requests.take(1, now)
         return tenant, use
 
-    def _take_tokens(self, tenant: str, use: TenantUse, tokens: int) -> None:
+    async def _take_tokens(self, tenant: str, use: TenantUse, tokens: int) -> None:
+        await self._shared.before(tenant, TenantTotals(tokens=tokens))
+        now = self._clock.now()
         if use.tokens is None:
             return
-        now = self._clock.now()
         if wait_s := use.tokens.wait_s(tokens, now):
             text = f"tenant {tenant} may use {use.limits.tokens_per_minute} tokens a minute; the prompt has {tokens}"
             raise RateLimitError(text, retry_after_s=wait_s, kind="tokens")

@@ -19,7 +19,17 @@ class GateLimits:
     """Pause between two looks at the file of keys."""
     tell_s: float = 0.25
     """Pause between two times that another router is told what tenants have used here."""
+    retry_s: float = 0.05
+    """The same where it was not reached: until two routers know each other each counts its own alone."""
     tell_timeout_s: float = 2.0
+    ask_every_s: float = 0.01
+    """Pause between two times that it is asked what it gave: one question is of all tenants that wait for it."""
+    ask_s: float = 0.25
+    """A router that says nothing for so long is not waited for, until it has spoken again."""
+    max_asks: int = 20
+    """Of one request; then it goes by what is known."""
+    slack: float = 0.01
+    """Of a tenant's limit: so much the routers together may give without asking."""
     use_lasts_s: float = 3.0
     """What another router said of requests under way counts for so long."""
     max_routers: int = 64

@@ -24,15 +24,16 @@ class Allowance:
 
     def wait_s(self, amount: float, now: float) -> float:
         """How long until so much is there, or all that can be; 0: it is."""
-        missing = min(amount, self.most) - self._now(now)
+        missing = min(amount, self.most) - self.left(now)
         return max(0.0, missing / self.per_s)
 
     def take(self, amount: float, now: float) -> None:
         """Whether it is there or not."""
-        self._left = self._now(now) - amount
+        self._left = self.left(now) - amount
         self._at = now
 
-    def _now(self, now: float) -> float:
+    def left(self, now: float) -> float:
+        """How much is there; below 0: so much was taken beyond it."""
         return min(self.most, self._left + max(0.0, now - self._at) * self.per_s)
 
 

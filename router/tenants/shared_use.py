@@ -1,36 +1,24 @@
 """What tenants use at the other routers: each tells the others what its own requests took, so that all of them count.
 
-A router that is away is told again what it has missed: counts are of all time. Until it has been told, a tenant may
-have as much more as it asks of one router meanwhile. Pure but for `tell_others` and the ASGI entry.
+Invariant: the routers that hear each other together give a tenant no more than its limit, but for one request of each
+other router at the same moment, and `slack`. A router gives by itself what would not be too much if each of the others
+gave as much meanwhile; for all beyond that it asks them first. One that is away is not waited for, and is told what it
+has missed, as counts are of all time. Pure but for `ask`.
 """
 
-import asyncio
-import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 
-import aiohttp
 import msgspec
-from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvcore.clock import Clock
-from kvcore.errors import InvalidRequestError, KVFerryError
-from kvcore.process.http_body import read_body
-from kvcore.process.http_client import operators_session, processes_session
-from kvcore.telemetry import log_fields
+from kvcore.errors import InvalidRequestError
 from kvcore.tenants.source import KeySource
-from kvcore.trust.opening import ClusterTrust
-from router.api.http_errors import reply_of
-from router.api.responses import JsonReply
 from router.tenants.limits import GateLimits
-from router.tenants.rates import TenantUses
-
-PATH = "/v1/tenants/use"
-_log = logging.getLogger("router")
+from router.tenants.rates import Allowance, TenantUses
 
 
 class TenantTotals(msgspec.Struct, array_like=True):
@@ -42,16 +30,34 @@ class TenantTotals(msgspec.Struct, array_like=True):
 
 
 class UseReport(msgspec.Struct, forbid_unknown_fields=True):
-    """What one router tells: `router` is drawn at its start, so that one that starts anew is another."""
+    """What one router tells: `router` is drawn at its start, so that one that starts anew is another; `number` grows.
+    `whole`: all its tenants are here. `asked`: it wants to know what these have used."""
 
     router: str
+    number: int
     tenants: dict[str, TenantTotals]
+    whole: bool = True
+    asked: list[str] = []
 
 
 @dataclass(slots=True)
-class _Other:
+class OtherRouter:
+    """One that this router tells. `reached`: at the last try. `told`: what it knows of this router; None: nothing."""
+
+    reached: bool = True
+    told: dict[str, TenantTotals] | None = None
+
+
+@dataclass(slots=True)
+class _HeardTotals:
+    """What another router said of itself."""
+
     told_at: float
+    number: int
     totals: dict[str, TenantTotals] = field(default_factory=dict)
+
+
+_NOTHING = TenantTotals()
 
 
 class SharedUse:
@@ -59,13 +65,16 @@ class SharedUse:
 
     def __init__(self, keys: KeySource, clock: Clock, limits: GateLimits) -> None:
         self.uses = TenantUses(limits)
+        self.others: Sequence[OtherRouter] = ()
+        self.ask: Callable[[str], Awaitable[None]] = _ask_nobody
+        """Has those that are reached say what they gave a tenant, and marks who did not."""
         self._keys, self._clock, self._limits = keys, clock, limits
-        self._id = secrets.token_hex(8)
+        self._id, self._number = secrets.token_hex(8), 0
         self._own: OrderedDict[str, TenantTotals] = OrderedDict()
-        self._others: dict[str, _Other] = {}
+        self._heard: dict[str, _HeardTotals] = {}
 
     def __repr__(self) -> str:
-        return f"<SharedUse of {len(self._own)} tenants here, {len(self._others)} other routers>"
+        return f"<SharedUse of {len(self._own)} tenants here, {len(self._heard)} other routers>"
 
     def took(self, tenant: str, *, running: int = 0, requests: int = 0, tokens: int = 0) -> None:
         """A request of this router's: begun, ended, or known to take so much."""
@@ -84,86 +93,104 @@ class SharedUse:
         since = self._clock.now() - self._limits.use_lasts_s
         return sum(
             found.running
-            for other in self._others.values()
+            for other in self._heard.values()
             if other.told_at >= since and (found := other.totals.get(tenant)) is not None
         )
 
-    def report(self) -> UseReport:
-        """All that this router tells."""
-        return UseReport(self._id, {name: copy(one) for name, one in self._own.items()})
+    # --- what the others are asked ---
+
+    async def before(self, tenant: str, want: TenantTotals) -> None:
+        """Before it is decided whether a tenant gets so much: asks the others where that depends on them. Nothing may
+        be awaited between the end of this and `took`."""
+        asked = False
+        for _ in range(self._limits.max_asks):
+            if self._knows_enough(tenant, want, asked=asked):
+                return
+            await self.ask(tenant)
+            asked = True
+
+    def _knows_enough(self, tenant: str, want: TenantTotals, *, asked: bool) -> bool:
+        """1. Nobody else gives anything, or nothing is limited. 2. It is too much whatever the others say. 3. It fits
+        although each of the others gives as much, of which nothing is known here. 4. Nothing was given here since they
+        were asked: somebody must be the first to take of what is left.
+
+        What ended at another router may make room for a request: that is asked before it is refused."""
+        limits, now = self._keys.ring.limits(tenant), self._clock.now()
+        use, others = self.uses.of(tenant, limits, now), [one for one in self.others if one.reached]
+        if not others or (limits.concurrency is None and use.requests is None and use.tokens is None):
+            return True
+        if any(one.told is None for one in others):
+            return False
+        own, told = self._own.get(tenant, _NOTHING), [(one.told or {}).get(tenant, _NOTHING) for one in others]
+        if _is_too_much(use.requests, want.requests, now) or _is_too_much(use.tokens, want.tokens, now):
+            return True
+
+        def fits(wanted: int, untold: int, left: float, most: float) -> bool:
+            """`left` is so without what was given here and is not known to the others."""
+            if not wanted or (asked and untold <= 0):
+                return True
+            given = untold + wanted
+            return given <= 0 or given * (len(others) + 1) <= max(left + untold, self._limits.slack * most)
+
+        if want.running and limits.concurrency is not None:
+            room = limits.concurrency - own.running
+            left = room - self.running_elsewhere(tenant)
+            if left < want.running:
+                return asked or room < want.running
+            if not fits(want.running, own.running - min(one.running for one in told), left, limits.concurrency):
+                return False
+        pairs = (
+            (use.requests, want.requests, own.requests - min(one.requests for one in told)),
+            (use.tokens, want.tokens, own.tokens - min(one.tokens for one in told)),
+        )
+        return all(kept is None or fits(wanted, new, kept.left(now), kept.most) for kept, wanted, new in pairs)
+
+    # --- the exchange ---
+
+    def report(self, tenants: Collection[str] | None = None, asked: Collection[str] = ()) -> UseReport:
+        """What this router tells of these tenants; None: of all."""
+        self._number += 1
+        names = self._own if tenants is None else [name for name in tenants if name in self._own]
+        totals = {name: copy(self._own[name]) for name in names}
+        return UseReport(self._id, self._number, totals, tenants is None, list(asked))
 
     def told(self, report: UseReport) -> None:
         """Another router told this. What is new of it is taken from its tenants' allowances here; what a router says
-        when it is heard for the first time was used before."""
+        when it is heard for the first time was used before. One that another has overtaken says nothing new."""
         if report.router == self._id:
             return
-        now, other = self._clock.now(), self._others.get(report.router)
+        now, other = self._clock.now(), self._heard.get(report.router)
         if other is None:
-            lasting = now - self._limits.use_lasts_s
-            self._others = {name: one for name, one in self._others.items() if one.told_at >= lasting}
-            if len(self._others) >= self._limits.max_routers:
-                raise InvalidRequestError(f"more than {self._limits.max_routers} routers say what tenants use")
-            self._others[report.router] = _Other(now, report.tenants)
+            if report.whole:
+                self._meet(report, now)
             return
+        other.told_at = now
+        if report.number <= other.number:
+            return
+        other.number = report.number
         for tenant, totals in report.tenants.items():
-            before = other.totals.get(tenant, TenantTotals())
+            before = other.totals.get(tenant, _NOTHING)
             use = self.uses.of(tenant, self._keys.ring.limits(tenant), now)
             if use.requests is not None and totals.requests > before.requests:
                 use.requests.take(totals.requests - before.requests, now)
             if use.tokens is not None and totals.tokens > before.tokens:
                 use.tokens.take(totals.tokens - before.tokens, now)
-        other.told_at, other.totals = now, report.tenants
+        other.totals = report.tenants if report.whole else other.totals | report.tenants
+
+    def _meet(self, report: UseReport, now: float) -> None:
+        lasting = now - self._limits.use_lasts_s
+        self._heard = {name: one for name, one in self._heard.items() if one.told_at >= lasting}
+        if len(self._heard) >= self._limits.max_routers:
+            raise InvalidRequestError(f"more than {self._limits.max_routers} routers say what tenants use")
+        self._heard[report.router] = _HeardTotals(now, report.number, report.tenants)
 
     def _over(self) -> int:
         return max(0, len(self._own) - self._limits.max_tenants)
 
 
-@dataclass(frozen=True, slots=True)
-class UseRoute:
-    """ASGI: `POST /v1/tenants/use`, for who proves to be of the cluster; all else is `app`'s."""
-
-    app: ASGIApp
-    use: SharedUse
-    limits: GateLimits
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI entry."""
-        if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
-        try:
-            body = await read_body(Request(scope, receive), self.limits.max_report_bytes)
-            self.use.told(msgspec.msgpack.decode(body, type=UseReport))
-        except msgspec.DecodeError as error:
-            refused = InvalidRequestError(f"this is no report of what tenants use: {error}")
-            await JsonReply(reply_of(refused), refused.http_status)(scope, receive, send)
-        except KVFerryError as error:
-            await JsonReply(reply_of(error), error.http_status)(scope, receive, send)
-        else:
-            await JsonReply({})(scope, receive, send)
+def _is_too_much(kept: Allowance | None, wanted: int, now: float) -> bool:
+    return kept is not None and wanted > 0 and kept.wait_s(wanted, now) > 0
 
 
-async def tell_others(
-    use: SharedUse, urls: Sequence[str], trust: ClusterTrust, limits: GateLimits, *, apart: bool = False
-) -> None:
-    """Each `tell_s`, each of the others by itself: one that hangs delays nobody. `apart`: they are processes with ports
-    of their own. Runs until cancelled."""
-    timeout = aiohttp.ClientTimeout(total=limits.tell_timeout_s)
-    made = processes_session if apart else operators_session
-    async with made(trust=trust, timeout=timeout) as session, asyncio.TaskGroup() as tasks:
-        for url in urls:
-            tasks.create_task(_tell(session, use, f"{url}{PATH}", limits))
-
-
-async def _tell(session: aiohttp.ClientSession, use: SharedUse, url: str, limits: GateLimits) -> None:
-    away = False
-    while True:
-        try:
-            async with session.post(url, data=msgspec.msgpack.encode(use.report())) as reply:
-                why = "" if reply.status == 200 else f"HTTP {reply.status}"
-        except (aiohttp.ClientError, TimeoutError, OSError, KVFerryError) as error:
-            why = f"{type(error).__name__}: {error}"
-        if bool(why) != away:
-            away = bool(why)
-            log_fields(_log, logging.WARNING if away else logging.INFO, "other_router", url=url, told=not away, why=why)
-        await asyncio.sleep(limits.tell_s)
+async def _ask_nobody(_: str) -> None:
+    """There are no others."""

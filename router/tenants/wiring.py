@@ -21,8 +21,9 @@ from router.tenants.gate import TenantGate
 from router.tenants.limits import GateLimits
 from router.tenants.paths import is_operators_path
 from router.tenants.public import PublicPrefixes
-from router.tenants.shared_use import SharedUse, UseRoute, tell_others
+from router.tenants.shared_use import SharedUse
 from router.tenants.sides import ClientsSide, is_operators
+from router.tenants.use_exchange import UseExchange, UseRoute, exchange_use
 from router.text.tokenizer import Tokenizer
 
 Guard = Callable[[ASGIApp], ASGIApp]
@@ -103,7 +104,8 @@ async def _keys_gate(
     lifecycle.tasks.create_task(_follow(keys, limits.reload_s), name="API keys")
     shared = SharedUse(keys, clock, limits)
     if told:
-        sends = tell_others(shared, told, trust, limits, apart=config.router.processes > 1)
+        exchange = UseExchange(shared, told, limits)
+        sends = exchange_use(exchange, trust, limits, apart=config.router.processes > 1)
         lifecycle.tasks.create_task(sends, name="what tenants use")
 
     def guard(app: ASGIApp) -> ASGIApp:

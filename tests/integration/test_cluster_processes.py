@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -206,14 +207,15 @@ async def test_what_a_tenant_asks_of_one_process_counts_at_the_other(tmp_path: P
     ):
         headers = {"Authorization": f"Bearer {key}"}
         statuses = Counter[int]()
-        ids = []
+        ids, began = [], time.monotonic()
         for _ in range(60):
             body = completion(subject, [1, 2, 3], 1)
             async with session.post(f"{subject.url}/v1/completions", json=body, headers=headers) as reply:
                 statuses[reply.status] += 1
                 if reply.status == 200:
                     ids.append((await reply.json())["id"])
-        assert 20 <= statuses[200] < 40 and statuses[429] > 20, "either by itself would take twenty"
+        saved = (time.monotonic() - began) / 60 * 20
+        assert 20 <= statuses[200] <= 21 + saved, "each by itself would give twenty"
         for name in ids:  # on the public port a tenant sees its own requests, whichever process had them
             async with session.get(f"{subject.url}/v1/requests/{name}", headers=headers) as reply:
                 assert reply.status == 200, await reply.text()

@@ -14,7 +14,8 @@ from kvcore.tenants.keys import KeyFile, TenantLimits, new_key
 from kvcore.tenants.source import KeySource
 from router.api.responses import JsonReply
 from router.tenants.limits import GateLimits
-from router.tenants.shared_use import PATH, SharedUse, TenantTotals, UseReport, UseRoute
+from router.tenants.shared_use import SharedUse, TenantTotals, UseReport
+from router.tenants.use_exchange import PATH, UseRoute
 
 LIMITS = TenantLimits(requests_per_minute=60, tokens_per_minute=600)
 
@@ -62,6 +63,29 @@ def test_a_router_that_missed_some_reports_makes_up_for_them(routers: Routers) -
     assert routers.wait_s(routers.b)[0] == 1.0
 
 
+def test_a_report_that_another_has_overtaken_says_nothing(routers: Routers) -> None:
+    routers.b.told(routers.a.report())
+    routers.a.took("t", running=1, requests=30)
+    late = routers.a.report()
+    routers.a.took("t", running=1, requests=15)
+    routers.b.told(routers.a.report(["t"]))
+    routers.b.told(late)
+    routers.a.took("t", requests=15)
+    routers.b.told(routers.a.report())
+    assert routers.wait_s(routers.b)[0] == 1.0, "sixty: nothing is counted twice, nothing is missed"
+    assert routers.b.running_elsewhere("t") == 2
+
+
+def test_what_is_said_of_one_tenant_says_nothing_of_the_others(routers: Routers) -> None:
+    routers.a.took("u", running=1)
+    routers.b.told(routers.a.report(["t"]))
+    assert routers.b.running_elsewhere("u") == 0, "who has not said all yet is not known"
+    routers.b.told(routers.a.report())
+    routers.a.took("t", running=1)
+    routers.b.told(routers.a.report(["t"]))
+    assert routers.b.running_elsewhere("u") == routers.b.running_elsewhere("t") == 1
+
+
 def test_what_was_used_before_a_router_was_first_heard_is_not_taken_again(routers: Routers) -> None:
     routers.a.took("t", requests=60, tokens=600)
     routers.b.told(routers.a.report())
@@ -89,11 +113,11 @@ def test_a_router_does_not_count_what_it_says_itself(routers: Routers) -> None:
 def test_routers_are_bounded_and_those_that_are_gone_make_room(tmp_path: Path) -> None:
     routers = Routers(tmp_path, GateLimits(max_routers=2))
     for name in ("x", "y"):
-        routers.b.told(UseReport(name, {}))
+        routers.b.told(UseReport(name, 1, {}))
     with pytest.raises(InvalidRequestError, match="more than 2 routers"):
-        routers.b.told(UseReport("z", {}))
+        routers.b.told(UseReport("z", 1, {}))
     routers.clock.advance(4)
-    routers.b.told(UseReport("z", {"t": TenantTotals(running=3)}))
+    routers.b.told(UseReport("z", 1, {"t": TenantTotals(running=3)}))
     assert routers.b.running_elsewhere("t") == 3
 
 
@@ -115,6 +139,10 @@ async def test_reports_come_over_http_and_all_else_is_passed_on(routers: Routers
         routers.a.took("t", running=2)
         told = await client.post(PATH, content=msgspec.msgpack.encode(routers.a.report()))
         assert told.status_code == 200 and routers.b.running_elsewhere("t") == 2
+        routers.b.took("u", requests=3)
+        asked = await client.post(PATH, content=msgspec.msgpack.encode(routers.a.report([], ["u", "nobody"])))
+        said = msgspec.msgpack.decode(asked.content, type=UseReport)
+        assert (said.whole, said.tenants) == (False, {"u": TenantTotals(requests=3)})
         for wrong in (b"", b"\xff", msgspec.msgpack.encode({"router": "x"})):
             assert (await client.post(PATH, content=wrong)).status_code == 400
         assert (await client.post(PATH, content=b"x" * (5 << 20))).status_code == 413
