@@ -7,7 +7,7 @@ import argparse
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -66,33 +66,54 @@ def add_router_options(parser: argparse.ArgumentParser, config_type: Callable[[s
 
 
 def router_url(arguments: argparse.Namespace) -> str:
-    """By these options. Raises ConfigError for a file that is none."""
+    """By these options. Raises ConfigError for a file that is none, and where a router hangs."""
     from kvcore.config.schema import RouterConfig
     from kvcore.ports import base_url
 
-    url, config = base_url(RouterConfig().host, RouterConfig().port), None
-    if arguments.url is not None:
-        url = arguments.url
-    elif (config := _config(arguments)) is not None:
+    if arguments.url is None and (config := _config(arguments)) is not None:
         url = url_that_answers(config)
-    return str(url).rstrip("/")
+    else:
+        url = _first_that_answers([arguments.url or base_url(RouterConfig().host, RouterConfig().port)])
+    return url.rstrip("/")
 
 
 def url_that_answers(config: "ClusterConfig") -> str:
-    """Where operators ask the first router of the file that says a word; where none does, the first."""
+    """Where operators ask the first router of the file that says a word; where all are away, the first. Raises
+    ConfigError where one hangs and no other answers."""
     from kvcore.config.servers import operators_urls_of
 
-    urls = operators_urls_of(config)
-    return next((one for one in urls if len(urls) == 1 or _listens(one)), urls[0])
+    return _first_that_answers(operators_urls_of(config))
 
 
-def _listens(url: str) -> bool:
-    """Whether this one of several routers says a word: the kernel takes connections for one that hangs."""
+def _first_that_answers(urls: Sequence[str]) -> str:
+    from kvcore.errors import ConfigError
+
+    hung, wait_s = [], 10.0 if len(urls) == 1 else 2.0  # one that is busy may say nothing for seconds
+    for url in urls:
+        try:
+            if _answers(url, wait_s):
+                return url
+        except TimeoutError:
+            hung.append(url)
+    if hung:
+        text = f"{hung[0]} takes connections and says nothing for {wait_s:g} s: its process hangs, or is stopped"
+        raise ConfigError(f"{text}. Continue or restart it; `kvferry doctor` looks further")
+    return urls[0]
+
+
+def _answers(url: str, wait_s: float) -> bool:
+    """Whether it says a word: the kernel takes connections for one that hangs. Raises TimeoutError: only that."""
     import ssl
 
     where = urlsplit(url)
     try:
-        with socket.create_connection((where.hostname, where.port), timeout=2.0) as connection:
+        port = where.port or (443 if where.scheme == "https" else 80)
+        connection = socket.create_connection((where.hostname, port), timeout=2.0)
+    except (OSError, ValueError):  # what a URL that is none says is said where it is asked
+        return False
+    with connection:
+        connection.settimeout(wait_s)
+        try:
             if where.scheme == "https":
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # whoever it is: nothing is told it here
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -100,10 +121,12 @@ def _listens(url: str) -> bool:
             else:
                 connection.sendall(b"GET /ping HTTP/1.0\r\n\r\n")
                 connection.recv(1)
-    except ssl.SSLError:  # of a certificate that it asks for
-        return True
-    except OSError:
-        return False
+        except TimeoutError:
+            raise
+        except ssl.SSLError:  # of a certificate that it asks for
+            return True
+        except OSError:
+            return False
     return True
 
 

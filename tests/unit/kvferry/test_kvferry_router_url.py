@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvcore.errors import ConfigError
 from kvferry.cli import main
 from kvferry.rollout.command import RolloutCommand
 from kvferry.router_url import router_url
@@ -55,3 +56,37 @@ def test_where_none_answers_it_is_the_first(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         ports = one.getsockname()[1], other.getsockname()[1]
     assert router_url(file_of(tmp_path, *ports)) == f"http://127.0.0.1:{ports[0]}"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections whose timeouts are a hundredth."""
+    settimeout = socket.socket.settimeout
+
+    def shorter(it: socket.socket, value: float | None) -> None:
+        settimeout(it, value and value / 100)
+
+    monkeypatch.setattr(socket.socket, "settimeout", shorter)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("by", ["file", "url"])
+def test_where_the_only_one_hangs_it_is_said_at_once(
+    tmp_path: Path, by: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        url = f"http://127.0.0.1:{hung.getsockname()[1]}"
+        file = str(file_of(tmp_path, hung.getsockname()[1]).config)
+        assert main(["drain", "d0", *(["--config", file] if by == "file" else ["--url", url])]) == 2
+    said = capsys.readouterr().err
+    assert f"{url} takes connections and says nothing for 10 s" in said and "kvferry doctor" in said
+
+
+@pytest.mark.usefixtures("impatient")
+def test_where_one_hangs_and_the_other_is_away_it_is_said_of_the_one(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as away:
+        port = away.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        ports = port, hung.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{ports[1]} takes connections and says nothing for 2 s"):
+            router_url(file_of(tmp_path, *ports))
