@@ -75,11 +75,16 @@ async def test_prefillers_alone_serve_and_the_cluster_says_so(tmp_path: Path) ->
     async with cluster(tmp_path, without=("decode-0", "decode-1")) as subject:
         async with subject.session.get(f"{subject.url}/health") as health:
             assert health.status == 200
+
+        async def stored() -> bool:
+            return (await subject.stats()).objects >= 3
+
         for _ in range(2):
             answer = await subject.complete(
                 prompt_of(3), max_tokens=8, temperature=0, ignore_eos=True, return_token_ids=True
             )
             assert answer["choices"][0]["token_ids"] == expect(subject, prompt_of(3), 8)
+            await subject.until(stored, RESTART_S)  # beside the answer, not before it
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 192, "with the cache, as always"
         told = await subject.explain(answer["id"])
         assert told["route"]["reason"] == "in_need" and [leg["kind"] for leg in told["legs"]] == ["decode"]

@@ -217,9 +217,12 @@ class Client:
                 reply.close()
             for pid in processes(self.handle):
                 os.kill(pid, signal.SIGUSR1)
-            for decoder in self.handle.nodes[1:]:
-                os.kill(self.handle.launcher.pids[decoder], signal.SIGKILL)
+            killed = {decoder: self.handle.launcher.pids[decoder] for decoder in self.handle.nodes[1:]}
+            for pid in killed.values():
+                os.kill(pid, signal.SIGKILL)
             await self.handle.until(self.has_retried, 60)
+        for decoder, pid in killed.items():
+            await self.handle.launcher.wait_restarted(decoder, pid, 60)
 
     async def has_retried(self) -> bool:
         async with self.handle.session.get(self.handle.url + "/v1/requests") as reply:
