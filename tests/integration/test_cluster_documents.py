@@ -1,15 +1,14 @@
 """Documents that clients name, over whole clusters of real processes: reused in another order, by another node, after a
 restart from disk, and while decoders are killed in the middle of answers."""
 
-import os
 import random
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.cluster import ClusterHandle, EngineKind, cluster
+from support.mid_answer import killed_at_work
 from support.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -111,16 +110,15 @@ async def test_a_decoder_that_is_killed_in_mid_stream_is_followed_by_one_that_re
             "messages": [SYSTEM, {"role": "user", "content": "Who?"}],
             "documents": [TEXTS[at] for at in (2, 1, 0)],
         }
-        chunks, killed = list[dict[str, Any]](), ""
-        async for chunk in subject.events("/v1/chat/completions", body):
-            chunks.append(chunk)
-            if len(chunks) == 8:
-                record = await subject.explain(chunk["id"])
-                killed = record["legs"][-1]["node"]
-                os.kill(subject.launcher.pids[killed], signal.SIGKILL)
-        record = await subject.explain(chunks[0]["id"])
+
+        async def streamed() -> list[dict[str, Any]]:
+            return [chunk async for chunk in subject.events("/v1/chat/completions", body)]
+
+        told = await killed_at_work(subject, streamed)
+        record, usage = told.after, told.answer[-1]["usage"]
         decoders = [leg for leg in record["legs"] if leg["kind"] == "decode"]
-        assert record["state"] == "ok" and len(decoders) > 1 and decoders[-1]["node"] != killed
+        assert record["state"] == "ok" and len(decoders) > 1
+        assert decoders[-1]["node"] != told.before["route"]["decoder"]
         assert all(leg["approximate_tokens"] for leg in (decoders[0], decoders[-1]))
-        assert chunks[-1]["usage"]["prompt_tokens_details"]["approximate_tokens"] == record["approximate_tokens"]
-        assert chunks[-1]["usage"]["completion_tokens"] == 60
+        assert usage["prompt_tokens_details"]["approximate_tokens"] == record["approximate_tokens"]
+        assert usage["completion_tokens"] == 60
