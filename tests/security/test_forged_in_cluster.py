@@ -28,7 +28,7 @@ async def subject(
 ) -> AsyncIterator[ClusterHandle]:
     """Round robin: the second request for a prompt goes to the decoder that does not have its blocks."""
     folder = tmp_path_factory.mktemp("forged")
-    overrides = ["router.policy=round_robin"]
+    overrides = ["router.policy=round_robin", "router.decoder_prefill=needed"]  # whatever is faster on this machine
     if request.param == SECURED:
         overrides.append(secret_override(folder))
     async with cluster(folder, prefillers=1, overrides=overrides) as handle:
