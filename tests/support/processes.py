@@ -52,7 +52,7 @@ class Cluster:
                         "records": {"kind": "sqlite", "path": str(self.file.with_name("records.sqlite"))},
                     },
                     "router": {"port": self.ports["router"]},
-                    "service": {"drain_s": 3.0},
+                    "service": {"drain_s": 60.0},  # a busy machine needs some seconds for what is under way
                 }
             )
         )
