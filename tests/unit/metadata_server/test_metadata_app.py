@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from support.metadata_rigs import MAX_BODY, metadata_rig, until
 from support.metadata_words import granted, ids, key, registration, reservation
+from support.ports import free_ports
 
 from metadata_server.client import MetadataClient
 from metadata_server.http_transport import HttpMetadataTransport
@@ -232,10 +233,7 @@ async def test_a_wrong_setting_is_said_and_a_signal_ends_it_in_order():
     process = await run_server("metadata_server.prot=1")
     _, stderr = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 2 and b"prot" in stderr
-    free = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
-    port = free.sockets[0].getsockname()[1]
-    free.close()
-    await free.wait_closed()
+    (port,) = free_ports(1)
     process = await run_server(f"metadata_server.port={port}")
     async with asyncio.timeout(60):
         while b" ready " not in await process.stderr.readline():
