@@ -270,8 +270,9 @@ async def test_all_is_there_when_they_are_opened_again(open_again):
 
 @durable
 async def test_a_lease_has_its_whole_time_again_after_a_restart_and_then_ends(kind, open_again):
+    lease_s = max(1.0, kind.lease_s)  # a busy machine has its pauses before it is written, and before it is renewed
     async with running(await open_again()) as records:
-        lease = await records.grant(kind.lease_s)
+        lease = await records.grant(lease_s)
         await put(records, "a", lease=lease)
     async with running(await open_again()) as records:
         assert await records.renew(lease)
