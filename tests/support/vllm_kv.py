@@ -2,11 +2,12 @@
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 
 BLOCK, HEADS, HEAD_DIM, LAYERS = 4, 2, 8, 3
+CPU = torch.device("cpu")
 LAYOUTS = {  # axes of [layers, blocks, heads, tokens, content], outermost in memory first (vllm/v1/kv_cache_layout.py)
     "LBHNC": (0, 1, 2, 3, 4),
     "LBNHC": (0, 1, 3, 2, 4),
@@ -18,7 +19,11 @@ LAYOUTS = {  # axes of [layers, blocks, heads, tokens, content], outermost in me
 
 
 def kv_caches(
-    num_blocks: int, layout: str = "LBHNC", dtype: torch.dtype = torch.float32, layers: int = LAYERS
+    num_blocks: int,
+    layout: str = "LBHNC",
+    dtype: torch.dtype = torch.float32,
+    layers: int = LAYERS,
+    device: torch.device = CPU,
 ) -> dict[str, torch.Tensor]:
     """One allocation for all layers, as vLLM makes it, filled with bytes that differ everywhere."""
     shape = (layers, num_blocks, HEADS, BLOCK, 2 * HEAD_DIM)
@@ -26,7 +31,7 @@ def kv_caches(
     strides, stride = [0] * 5, 1
     for axis in reversed(order):
         strides[axis], stride = stride, stride * shape[axis]
-    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
+    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, device=device)
     whole = torch.as_strided(raw.view(dtype), shape, strides)
     names = [f"model.layers.{layer}.self_attn.attn" for layer in range(layers)]
     return dict(zip(names, whole, strict=True))
@@ -58,7 +63,7 @@ class CheckedStreams:
     def __init__(self) -> None:
         self.loop_thread = threading.get_ident()
         self.computing: list[Callable[[], object]] = []
-        self.copied: list[int] = []
+        self.num_copied = 0
         self.hold = threading.Event()
         self.hold.set()
         self.holding = threading.Event()
@@ -72,6 +77,9 @@ class CheckedStreams:
     def staging(self, num_bytes: int) -> torch.Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8)
 
+    def device_memory(self, num_bytes: int) -> torch.Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
 
 class CheckedCopyStream:
     def __init__(self, streams: CheckedStreams) -> None:
@@ -83,16 +91,14 @@ class CheckedCopyStream:
         self._waited.add(event)
         self._queued.append(event.synchronize)
 
-    def copy(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def queue(self, work: Callable[[], None]) -> None:
         assert self._waited, "copies that wait for nothing"
 
         def act() -> None:
             self._streams.holding.set()
             assert self._streams.hold.wait(10)
-            for target, source in copies:
-                assert target.shape == source.shape
-                target.copy_(source)
-            self._streams.copied.append(len(copies))
+            work()
+            self._streams.num_copied += 1
 
         self._queued.append(act)
 

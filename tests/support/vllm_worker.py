@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 from support.store_fakes import World
-from support.vllm_kv import BLOCK, kv_caches
+from support.vllm_kv import BLOCK, CPU, kv_caches
 
-from engines.vllm.connector.block_layout import BlockLayout, measure
-from engines.vllm.connector.kv_blocks import HostBlocks
+from engines.vllm.connector.blocks.block_layout import BlockLayout, measure
+from engines.vllm.connector.blocks.kv_blocks import HostBlocks
 from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.orders import ChunkPlace, LoadOrder, SaveOrder
 from engines.vllm.connector.settings import ConnectorSettings, Provenance
@@ -144,14 +144,16 @@ class Engine:
         weights: str = "w",
         bus: str | None = None,
         make_blocks: Callable[[BlockLayout], HostBlocks] = HostBlocks,
+        device: torch.device = CPU,
         wrap: Callable[[KVStore], KVStore] = lambda store: store,
         timeout_s: float = 5.0,
         cpus: tuple[int, ...] = (),
         limits: ConnectorLimits = ConnectorLimits(),
     ) -> None:
         self.world = world
-        self.caches = kv_caches(NUM_BLOCKS)
-        self.blocks = make_blocks(measure(self.caches, num_blocks=NUM_BLOCKS, block_size=BLOCK))
+        self.caches = kv_caches(NUM_BLOCKS, device=device)
+        self.layout = measure(self.caches, num_blocks=NUM_BLOCKS, block_size=BLOCK)
+        self.blocks = make_blocks(self.layout)
         self.store: KVStore | None = None
         self.sent: list[str] = []
         self.received: list[str] = []
@@ -250,8 +252,8 @@ class Engine:
 
     def content(self, *block_ids: int) -> bytes:
         """The blocks' bytes, in a payload's order."""
-        spans = [span for block_id in block_ids for span in self.blocks._layout.spans(block_id)]
-        memory = [storage.numpy() for storage in self.blocks._layout.storages]
+        spans = [span for block_id in block_ids for span in self.layout.spans(block_id)]
+        memory = [storage.cpu().numpy() for storage in self.layout.storages]
         return b"".join(memory[storage][start:end].tobytes() for storage, start, end in spans)
 
 

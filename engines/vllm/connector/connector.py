@@ -22,7 +22,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from engines.vllm.connector.kv_blocks import build_blocks
+from engines.vllm.connector.blocks.kv_blocks import build_blocks
 from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.orders import StepOrders
 from engines.vllm.connector.scheduler_side import SchedulerSide

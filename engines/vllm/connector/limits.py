@@ -35,3 +35,5 @@ class ConnectorLimits:
 
     device_copy_s: float = 60.0
     """One batch's copies take milliseconds; a device that takes this long is lost."""
+    staging_slots: int = 8
+    """Chunks on their way between a GPU and the store at once; each has pinned memory of its own."""

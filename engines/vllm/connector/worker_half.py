@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 
 from engines.jobs.context import JobContext
+from engines.vllm.connector.blocks.device_blocks import DeviceEvent
+from engines.vllm.connector.blocks.kv_blocks import KVBlocks
 from engines.vllm.connector.bus_messages import (
     AskSample,
     BusEndHandoff,
@@ -23,8 +25,6 @@ from engines.vllm.connector.bus_messages import (
     WorkerHello,
     WorkerSample,
 )
-from engines.vllm.connector.device_blocks import DeviceEvent
-from engines.vllm.connector.kv_blocks import KVBlocks
 from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.orders import LoadOrder, SaveOrder
 from engines.vllm.connector.settings import ConnectorSettings

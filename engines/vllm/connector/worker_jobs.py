@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from engines.jobs.context import JobContext, as_moved
 from engines.jobs.load import LoadJob
 from engines.jobs.save import SavableChunk, SaveJob
+from engines.vllm.connector.blocks.device_blocks import DeviceEvent
+from engines.vllm.connector.blocks.kv_blocks import KVBlocks
 from engines.vllm.connector.bus_messages import FromWorker, LoadEnded, SaveEnded
-from engines.vllm.connector.device_blocks import DeviceEvent
-from engines.vllm.connector.kv_blocks import KVBlocks
 from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.orders import LoadOrder, SaveOrder
 from engines.vllm.connector.worker_reports import SaveTicket, TransferReports

@@ -6,9 +6,10 @@ import pytest
 import torch
 from support.vllm_kv import BLOCK, HEAD_DIM, HEADS, LAYERS, LAYOUTS, CheckedStreams, block_bytes, kv_caches
 
-from engines.vllm.connector.block_layout import measure
-from engines.vllm.connector.device_blocks import DeviceBlocks
-from engines.vllm.connector.kv_blocks import HostBlocks, build_blocks
+from engines.vllm.connector.blocks.block_layout import measure
+from engines.vllm.connector.blocks.device_blocks import DeviceBlocks
+from engines.vllm.connector.blocks.kv_blocks import HostBlocks, build_blocks
+from engines.vllm.connector.limits import ConnectorLimits
 from engines.vllm.connector.settings import Provenance
 from kvcore.errors import ConfigError
 
@@ -181,7 +182,7 @@ def test_the_spec_is_the_ranks_own():
 async def device():
     streams = CheckedStreams()
     caches = kv_caches(NUM_BLOCKS, "LHBNC")
-    blocks = DeviceBlocks(layout_of(caches), streams, slots=2)
+    blocks = DeviceBlocks(layout_of(caches), streams, ConnectorLimits(staging_slots=2))
     assert [view.nbytes for view in blocks.start(2)] == [2 * BLOCK_BYTES] * 2
     blocks.caches, blocks.streams = caches, streams
     yield blocks
@@ -214,7 +215,7 @@ async def test_a_load_that_fails_scatters_nothing(device):
         async with device.writing([[4]], 0, device.mark()) as (views,):
             fill(views, 7)
             raise OSError("lost")
-    assert block_bytes(device.caches, 4) == before and not device.streams.copied
+    assert block_bytes(device.caches, 4) == before and not device.streams.num_copied
 
 
 @pytest.mark.parametrize("direction", ["gather", "scatter"])
@@ -234,11 +235,11 @@ async def test_a_cancelled_copy_has_ended_before_its_slot_is_another_ones(device
     other = asyncio.create_task(payload(device, [1], device.mark()))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert not task.done() and not device.streams.copied
+    assert not task.done() and not device.streams.num_copied
     device.streams.hold.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert len(device.streams.copied) >= 1
+    assert device.streams.num_copied >= 1
     assert await other == await payload(HostBlocks(layout_of(device.caches)), [1])
 
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from support.vllm_kv import BLOCK, kv_caches
 
-from engines.vllm.connector.block_layout import measure
+from engines.vllm.connector.blocks.block_layout import measure
 from engines.vllm.connector.settings import Provenance
 from engines.vllm.kv_factors import KV_FACTORS, EngineFacts, LayerFacts, declared_factors
 from kvcore.chunk_keys import root_key

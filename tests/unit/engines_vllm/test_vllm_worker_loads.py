@@ -7,7 +7,7 @@ import pytest
 from support.vllm_kv import CheckedStreams
 from support.vllm_worker import LIMIT_S, place, shared_world
 
-from engines.vllm.connector.device_blocks import DeviceBlocks
+from engines.vllm.connector.blocks.device_blocks import DeviceBlocks
 
 SAVED = [place(1, 0, 1), place(2, 2, 3), place(3, 4, num_tokens=3)]
 PLACES = [place(1, 8, 9), place(2, 10, 11), place(3, 12, num_tokens=3)]

@@ -6,7 +6,7 @@ import pytest
 from support.vllm_kv import CheckedStreams
 from support.vllm_worker import LIMIT_S, PLACES, idle, shared_world, stored
 
-from engines.vllm.connector.device_blocks import DeviceBlocks
+from engines.vllm.connector.blocks.device_blocks import DeviceBlocks
 from engines.vllm.connector.limits import ConnectorLimits
 
 

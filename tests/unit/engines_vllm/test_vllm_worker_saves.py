@@ -4,7 +4,7 @@ import pytest
 from support.vllm_kv import CheckedStreams
 from support.vllm_worker import CHUNK, NUM_BLOCKS, PLACES, idle, place, shared_world, stored
 
-from engines.vllm.connector.device_blocks import DeviceBlocks
+from engines.vllm.connector.blocks.device_blocks import DeviceBlocks
 from kvcore.chunk_keys import owner_of, rank_key
 from kvstore.chunk_format import HEADER_BYTES, parse
 

@@ -1,7 +1,7 @@
 """vLLM's KV memory on a GPU: blocks are gathered into pinned host memory and scattered from it, on streams of our own.
 
-THE CUDA PART (`CudaStreams`) HAS NOT RUN ON A GPU. The rest runs in the tests, over CPU tensors and streams that check
-the order. Streams are used as vLLM's own offloading connectors use them (v1/kv_offload/cpu, v1/simple_kv_offload):
+The blocks of a chunk are packed on the device first, so that one copy takes them over the bus. Streams are used as
+vLLM's own offloading connectors use them (v1/kv_offload/cpu, v1/simple_kv_offload):
 
 - A gather waits for an event recorded on the compute stream after the step that filled its blocks.
 - A scatter waits for one as well: vLLM may have queued zeroing of the same blocks.
@@ -17,15 +17,10 @@ from typing import Any, Protocol
 
 import torch
 
-from engines.vllm.connector.block_layout import BlockLayout
+from engines.vllm.connector.blocks.block_layout import BlockLayout
+from engines.vllm.connector.blocks.packed_blocks import PackedBlocks
 from engines.vllm.connector.limits import ConnectorLimits
 from transfer.blocking import BatchDeadline, BlockingPool
-
-_SLOTS = 8
-"""Chunks on their way between GPU and store at once; each has pinned memory of its own."""
-
-Copy = tuple[torch.Tensor, torch.Tensor]
-"""(target, source), flat, of equal size."""
 
 
 class DeviceEvent(Protocol):
@@ -37,14 +32,14 @@ class DeviceEvent(Protocol):
 
 
 class CopyStream(Protocol):
-    """Copies in order, beside the compute stream. Used from any thread."""
+    """Work in order, beside the compute stream. Used from one thread at a time."""
 
     def wait(self, event: DeviceEvent) -> None:
         """What is queued from now on begins after `event`. Does not block."""
         ...
 
-    def copy(self, copies: Sequence[Copy]) -> None:
-        """Queue these copies. Does not wait for them."""
+    def queue(self, work: Callable[[], None]) -> None:
+        """Queue what `work` gives the device to do. Does not wait for that."""
         ...
 
     def record(self) -> DeviceEvent:
@@ -67,25 +62,22 @@ class DeviceStreams(Protocol):
         """Flat uint8 host memory that the device copies to and from directly."""
         ...
 
+    def device_memory(self, num_bytes: int) -> torch.Tensor:
+        """Flat uint8 memory of the device."""
+        ...
+
 
 class DeviceBlocks:
-    """`KVBlocks` over tensors of a device, through `slots` chunks of staging memory."""
+    """`KVBlocks` over tensors of a device, through chunks of staging memory and two of the device's."""
 
     def __init__(
-        self,
-        layout: BlockLayout,
-        streams: DeviceStreams,
-        slots: int = _SLOTS,
-        limits: ConnectorLimits = ConnectorLimits(),
+        self, layout: BlockLayout, streams: DeviceStreams, limits: ConnectorLimits = ConnectorLimits()
     ) -> None:
-        self._layout = layout
         self._streams = streams
-        self._num_slots = slots
-        self._limits = limits
+        self._num_slots = limits.staging_slots
         self._slots: _SlotPool | None = None
-        self._gathering = streams.copy_stream()
-        self._scattering = streams.copy_stream()
-        self._pool = BlockingPool("kvferry-copy", 2)
+        self._gathering = _Way("kvferry-gather", layout, streams, limits)
+        self._scattering = _Way("kvferry-scatter", layout, streams, limits)
         self.block_bytes = layout.block_bytes
         self.num_blocks = layout.num_blocks
         self.layout_id = layout.layout_id
@@ -96,6 +88,8 @@ class DeviceBlocks:
         """The staging memory."""
         slots = [self._streams.staging(chunk_blocks * self.block_bytes) for _ in range(self._num_slots)]
         self._slots = _SlotPool(slots)
+        for way in (self._gathering, self._scattering):
+            way.start(chunk_blocks * self.block_bytes)
         return [_bytes_of(slot) for slot in slots]
 
     @asynccontextmanager
@@ -103,9 +97,9 @@ class DeviceBlocks:
         """As KVBlocks.reading: a copy of the blocks, in a slot."""
         assert self._slots is not None and after is not None
         async with self._slots.take(1) as (slot,):
-            copies = list(self._copies(slot, block_ids))
-            await self._run(lambda: _copy(self._gathering, copies, after))
-            yield [_bytes_of(slot)[: len(block_ids) * self.block_bytes]]
+            host = slot[: len(block_ids) * self.block_bytes]
+            await self._gathering.run(after, lambda: self._gathering.to_host(block_ids, host))
+            yield [_bytes_of(host)]
 
     @asynccontextmanager
     async def writing(
@@ -114,39 +108,73 @@ class DeviceBlocks:
         """As KVBlocks.writing: slots, scattered at the end. `chunks` are no more than there are slots."""
         assert self._slots is not None and after is not None
         async with self._slots.take(len(chunks)) as slots:
-            views = zip(slots, chunks, strict=True)
-            yield [[_bytes_of(slot)[: len(block_ids) * self.block_bytes]] for slot, block_ids in views]
-            copies: list[Copy] = []
-            for slot, block_ids in zip(slots, chunks, strict=True):
-                kept = min(keep_blocks, len(block_ids))
-                keep_blocks -= kept
-                parts = self._copies(slot[kept * self.block_bytes :], block_ids[kept:])
-                copies += [(device, host) for host, device in parts]
-            await self._run(lambda: _copy(self._scattering, copies, after))
+            parts = zip(slots, chunks, strict=True)
+            hosts = [slot[: len(block_ids) * self.block_bytes] for slot, block_ids in parts]
+            yield [[_bytes_of(host)] for host in hosts]
+
+            def scatter() -> None:
+                keep = keep_blocks
+                for host, block_ids in zip(hosts, chunks, strict=True):
+                    kept = min(keep, len(block_ids))
+                    keep -= kept
+                    self._scattering.to_device(host[kept * self.block_bytes :], block_ids[kept:])
+
+            await self._scattering.run(after, scatter)
 
     async def aclose(self) -> None:
         """As KVBlocks.aclose."""
+        await self._gathering.aclose()
+        await self._scattering.aclose()
+
+
+class _Way:
+    """One direction: a stream, the thread that uses it and waits for it, and a chunk of the device's memory.
+
+    The stream's order is all that guards that memory: who comes next uses it once the last copy has.
+    """
+
+    def __init__(self, name: str, layout: BlockLayout, streams: DeviceStreams, limits: ConnectorLimits) -> None:
+        self._blocks = PackedBlocks(layout)
+        self._streams = streams
+        self._stream = streams.copy_stream()
+        self._pool = BlockingPool(name, 1)
+        self._limits = limits
+        self._packed: torch.Tensor | None = None
+
+    def start(self, num_bytes: int) -> None:
+        self._packed = self._streams.device_memory(num_bytes)
+
+    async def run(self, after: DeviceEvent, work: Callable[[], None]) -> None:
+        """Have the device do it after that event, and wait until it has. A cancelled caller waits as well, as copies
+        cannot be stopped."""
+
+        def run() -> None:
+            self._stream.wait(after)
+            try:
+                self._stream.queue(work)
+            finally:  # what was queued before an error uses the caller's memory, too
+                self._stream.record().synchronize()
+
+        await self._pool.run(run, lambda: None, BatchDeadline(self._limits.device_copy_s))
+
+    def to_host(self, block_ids: Sequence[int], host: torch.Tensor) -> None:
+        """Work for `run`."""
+        packed = self._part(host.numel())
+        self._blocks.gather(block_ids, packed)
+        host.copy_(packed, non_blocking=True)
+
+    def to_device(self, host: torch.Tensor, block_ids: Sequence[int]) -> None:
+        """Work for `run`."""
+        packed = self._part(host.numel())
+        packed.copy_(host, non_blocking=True)
+        self._blocks.scatter(packed, block_ids)
+
+    def _part(self, num_bytes: int) -> torch.Tensor:
+        assert self._packed is not None, "used before start"
+        return self._packed[:num_bytes]
+
+    async def aclose(self) -> None:
         await self._pool.aclose()
-
-    async def _run(self, work: Callable[[], None]) -> None:
-        """In a thread. A cancelled caller waits until the copies have ended, as they cannot be stopped."""
-        await self._pool.run(work, lambda: None, BatchDeadline(self._limits.device_copy_s))
-
-    def _copies(self, slot: torch.Tensor, block_ids: Sequence[int]) -> list[Copy]:
-        """(place in the slot, place on the device) of all ranges of these blocks."""
-        at, copies = 0, []
-        for block_id in block_ids:
-            for storage, start, end in self._layout.spans(block_id):
-                copies.append((slot[at : at + end - start], self._layout.storages[storage][start:end]))
-                at += end - start
-        return copies
-
-
-def _copy(stream: CopyStream, copies: Sequence[Copy], after: DeviceEvent) -> None:
-    """Run the copies, after that event. Blocks until they are done."""
-    stream.wait(after)
-    stream.copy(copies)
-    stream.record().synchronize()
 
 
 def _bytes_of(slot: torch.Tensor) -> memoryview:
@@ -179,23 +207,27 @@ class _SlotPool:
 
 
 class CudaStreams:
-    """DeviceStreams over torch.cuda. Not run on a GPU so far."""
+    """DeviceStreams over torch.cuda."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def mark(self) -> DeviceEvent:
         """An event on the stream that is current in the calling thread: vLLM's compute stream in vLLM's own."""
-        return _recorded(torch.cuda.current_stream(self._device))
+        event: DeviceEvent = torch.cuda.current_stream(self._device).record_event()
+        return event
 
     def copy_stream(self) -> CopyStream:
-        """One of the lowest priority: copies give way to compute."""
-        lowest, _ = torch.cuda.Stream.priority_range()
-        return _CudaCopyStream(torch.cuda.Stream(self._device, priority=lowest))
+        """One of the lowest priority, as all are that ask for no other; vLLM's compute stream has the same."""
+        return _CudaCopyStream(torch.cuda.Stream(self._device))
 
     def staging(self, num_bytes: int) -> torch.Tensor:
         """Pinned: only then is a copy asynchronous."""
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def device_memory(self, num_bytes: int) -> torch.Tensor:
+        """Beside what vLLM reckons with."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
 
 class _CudaCopyStream:
@@ -205,16 +237,11 @@ class _CudaCopyStream:
     def wait(self, event: DeviceEvent) -> None:
         self._stream.wait_event(event)
 
-    def copy(self, copies: Sequence[Copy]) -> None:
+    def queue(self, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self._stream):
-            for target, source in copies:
-                target.copy_(source, non_blocking=True)
+            work()
 
     def record(self) -> DeviceEvent:
-        return _recorded(self._stream)
-
-
-def _recorded(stream: Any) -> DeviceEvent:
-    event: DeviceEvent = torch.cuda.Event()
-    stream.record_event(event)
-    return event
+        """Blocking: a gather waits for a whole step of the engine, and would keep a core busy for that long."""
+        event: DeviceEvent = self._stream.record_event(torch.cuda.Event(blocking=True))
+        return event

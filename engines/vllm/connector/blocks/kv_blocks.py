@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from engines.vllm.connector.block_layout import BlockLayout, measure
-from engines.vllm.connector.device_blocks import CudaStreams, DeviceBlocks, DeviceEvent
+from engines.vllm.connector.blocks.block_layout import BlockLayout, measure
+from engines.vllm.connector.blocks.device_blocks import CudaStreams, DeviceBlocks, DeviceEvent
 from engines.vllm.connector.settings import Provenance
 from kvcore.errors import ConfigError
 from kvcore.types import KVSpec

@@ -58,10 +58,14 @@ class BlockLayout:
         """The device that holds the tensors."""
         return self.storages[0].device
 
-    def spans(self, block_id: int) -> list[tuple[int, int, int]]:
-        """(storage, start, end) of a block's ranges. Raises IndexError for an unknown block."""
+    def check(self, block_id: int) -> None:
+        """Raises IndexError for an unknown block."""
         if not 0 <= block_id < self.num_blocks:
             raise IndexError(f"block {block_id} of {self.num_blocks}")
+
+    def spans(self, block_id: int) -> list[tuple[int, int, int]]:
+        """(storage, start, end) of a block's ranges. Raises IndexError for an unknown block."""
+        self.check(block_id)
         starts = [(part, part.offset + block_id * part.stride) for part in self.ranges]
         return [(part.storage, start, start + part.length) for part, start in starts]
 
