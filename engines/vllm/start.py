@@ -23,6 +23,7 @@ from engines.provenance import DIGEST_CACHE, FileStamp, check_unchanged, version
 from engines.vllm.adapters import ReadAdapter, adapter_arguments
 from engines.vllm.arguments import command_line
 from engines.vllm.connector.settings import ConnectorSettings, Provenance, to_extra_config
+from engines.vllm.gpu_turns import gpu_turn, gpus_of
 from engines.vllm.stats import VllmStats
 from kvcore.config.kv_identity import declared_kv
 from kvcore.config.schema import ClusterConfig, VllmEngineConfig
@@ -60,7 +61,8 @@ class VllmStart:
 async def start_vllm(
     start: VllmStart, bus_path: str, stats: VllmStats, adapters: Sequence[ReadAdapter] = ()
 ) -> AsyncLLM:
-    """A running AsyncLLM, to be shut down by the caller. Holds the event loop while vLLM starts.
+    """A running AsyncLLM, to be shut down by the caller. Holds the event loop while vLLM starts, in its turn where it
+    measures a GPU's memory.
 
     Raises ConfigError, ModelLoadError for what vLLM refuses, EngineError when it dies at its start.
     """
@@ -75,14 +77,23 @@ async def start_vllm(
     settings = connector_settings(start, provenance, bus_path)
     vllm_config.kv_transfer_config.kv_connector_extra_config.update(to_extra_config(settings))
     try:
-        with ExitStack() as stack:
-            llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[_logger_class(stats)])
-            stack.callback(llm.shutdown)
-            check_unchanged(stamps)
-            stack.pop_all()
-            return llm
+        async with gpu_turn(measured_gpus(vllm_config)):
+            with ExitStack() as stack:
+                llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[_logger_class(stats)])
+                stack.callback(llm.shutdown)
+                check_unchanged(stamps)
+                stack.pop_all()
+                return llm
     except Exception as error:  # of any kind: its parts raise whatever they like
         raise start_failure(error) from error
+
+
+def measured_gpus(config: Any) -> list[str]:
+    """Those whose free memory vLLM measures when it starts with a VllmConfig, to take a part of it."""
+    told = config.cache_config.kv_cache_memory_bytes is not None
+    if told or config.device_config.device_type != "cuda":
+        return []
+    return gpus_of(os.environ, config.parallel_config.tensor_parallel_size)
 
 
 def engine_config(words: Sequence[str]) -> VllmConfig:

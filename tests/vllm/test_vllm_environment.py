@@ -9,6 +9,7 @@ from typing import get_args
 from unittest.mock import MagicMock
 
 import pytest
+from vllm.config import CacheConfig, DeviceConfig
 from vllm.config.cache import CacheDType
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import compute_nixl_compatibility_hash
@@ -22,7 +23,7 @@ from engines.vllm.connector.connector import KVFerryConnector
 from engines.vllm.engine import VllmEngine
 from engines.vllm.kv_factors import KV_FACTORS, resolved_cache_dtype
 from engines.vllm.queue_naps import wait_without_spinning
-from engines.vllm.start import VllmStart
+from engines.vllm.start import VllmStart, measured_gpus
 from kvcore.config.checks import engine_of
 from kvcore.config.file import load_config
 from kvcore.config.schema import VllmEngineConfig
@@ -51,6 +52,20 @@ def parser() -> FlexibleArgumentParser:
 @pytest.fixture(scope="module")
 def names(parser) -> set[str]:
     return {argument_name(text) for action in parser._actions for text in action.option_strings if text[:2] == "--"}
+
+
+@pytest.mark.parametrize(
+    ("device", "kv_bytes", "gpus"), [("cuda", None, ["0", "1"]), ("cuda", 1 << 30, []), ("cpu", None, [])]
+)
+def test_a_gpus_memory_is_measured_where_nobody_says_what_kv_takes(monkeypatch, device, kv_bytes, gpus):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=kv_bytes),
+        device_config=SimpleNamespace(device_type=device),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+    )
+    assert measured_gpus(config) == gpus
+    assert CacheConfig().kv_cache_memory_bytes is None and hasattr(DeviceConfig(device="cpu"), "device_type")
 
 
 def test_every_reserved_name_is_an_argument_of_vllms(names):
