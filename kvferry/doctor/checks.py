@@ -14,7 +14,6 @@ from kvcore.config.checks import ports_of
 from kvcore.config.schema import (
     ClusterConfig,
     EngineConfig,
-    ModelConfig,
     SimEngineConfig,
     VllmEngineConfig,
 )
@@ -171,7 +170,7 @@ def check_memory(context: Context) -> list[Finding]:
     segments = sum(node.segment for node in here) - reserved_bytes(context)
     running = context.running.names
     starting = [engine for name, engine in context.local_engines() if name not in running]
-    engines = sum(_engine_bytes(engine, config.model) for engine in starting)
+    engines = sum(_engine_bytes(engine, config) for engine in starting)
     lent = mooncake_bytes(config) * len(here)
     needed = segments + engines + lent + _NODE_BYTES * (len(here) + 2)
     left = available_memory()
@@ -186,13 +185,13 @@ def check_memory(context: Context) -> list[Finding]:
     return [Finding("memory", False, shown, remedy)]
 
 
-def _engine_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+def _engine_bytes(engine: EngineConfig, config: ClusterConfig) -> int:
     if isinstance(engine, SimEngineConfig):
         return engine.num_blocks * engine.block_size * engine.bytes_per_token
     if isinstance(engine, VllmEngineConfig):
-        return host_bytes(engine, model, installed_vllm())
+        return host_bytes(engine, config.model, installed_vllm(), config.kv.chunk_tokens)
     on_cpu = engine.device == "cpu"
-    return _ENGINE_BYTES + ((weight_bytes(model) + engine.kv_cache) if on_cpu else 0)
+    return _ENGINE_BYTES + ((weight_bytes(config.model) + engine.kv_cache) if on_cpu else 0)
 
 
 def check_running(context: Context) -> list[Finding]:

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+from engines.vllm.connector.limits import ConnectorLimits
 from kvcore.config.schema import ModelConfig, VllmEngineConfig
 from kvcore.config.vllm_options import argument
 from kvcore.errors import ModelLoadError
@@ -12,6 +14,8 @@ from kvferry.vllm_here import OLDEST, TOO_NEW, VllmBuild, cores, cuda_devices, i
 _PROCESSES_BYTES = 1_700 << 20
 """Measured on a CPU: the engine's front, vLLM's core and one worker, without weights and KV."""
 _RANK_BYTES = 500 << 20
+_GPU_FRONT_BYTES, _GPU_RANK_BYTES = 1_000 << 20, 1_600 << 20
+"""Measured beside an H100: the engine's front and its guard, and vLLM's core with one worker."""
 _INSTALL = "`pip install 'kvferry[vllm]'` (GPUs) or `make venv-vllm` (CPU), and run kvferry from there"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of one number of each `model.dtype`."""
@@ -33,7 +37,8 @@ def check_vllm(context: Context) -> list[Finding]:
     devices = cuda_devices()
     if not devices:
         return [Finding("vllm", False, f"vLLM {build.version} needs a GPU, and this machine has none", _INSTALL)]
-    return [Finding("vllm", True, f"{build.version}, GPUs: {', '.join(devices)}")]
+    shown = f"{len(devices)} GPU{'s' if len(devices) > 1 else ''} ({', '.join(devices)})"
+    return [Finding("vllm", True, f"{build.version}, {shown}")]
 
 
 def check_adapters(context: Context) -> list[Finding]:
@@ -110,22 +115,42 @@ def kv_bytes(engine: VllmEngineConfig) -> int | None:
     return parse_size(argument(engine.args, "kv-cache-memory-bytes"))
 
 
-def host_bytes(engine: VllmEngineConfig, model: ModelConfig, build: VllmBuild | None) -> int:
-    """Main memory that an engine takes. On a GPU weights and KV lie elsewhere."""
+def host_bytes(engine: VllmEngineConfig, model: ModelConfig, build: VllmBuild | None, chunk_tokens: int) -> int:
+    """Main memory that an engine takes. On a GPU weights and KV lie elsewhere, but for chunks on their way."""
     ranks = parse_size(argument(engine.args, "tensor-parallel-size")) or 1
-    processes = _PROCESSES_BYTES + _RANK_BYTES * (ranks - 1)
     if build is not None and build.platform != "cpu":
-        return processes
+        staging = ConnectorLimits().staging_slots * chunk_tokens * _token_bytes(model)
+        return _GPU_FRONT_BYTES + ranks * _GPU_RANK_BYTES + staging
+    processes = _PROCESSES_BYTES + _RANK_BYTES * (ranks - 1)
     return processes + weight_bytes(model) + ranks * (kv_bytes(engine) or 0)
+
+
+def _token_bytes(model: ModelConfig) -> int:
+    """KV of one token, in the model's dtype; 0: the model's folder does not say, or is not here yet."""
+    whole = _model_config(model)
+    nested = whole.get("text_config")
+    config = nested if isinstance(nested, dict) else whole
+    try:
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        return int(config["num_hidden_layers"] * 2 * kv_heads * head_dim) * DTYPE_BYTES[model.dtype]
+    except (KeyError, TypeError, ZeroDivisionError):
+        return 0
+
+
+def _model_config(model: ModelConfig) -> dict[str, Any]:
+    """Its config.json; empty where that cannot be read."""
+    try:
+        config = json.loads((Path(model.path) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def weight_bytes(model: ModelConfig) -> int:
     """Of the model's weights once they are loaded; 0: not here yet."""
-    folder = Path(model.path)
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return stored
-    dtype = (config.get("dtype") or config.get("torch_dtype")) if isinstance(config, dict) else None
+    stored = sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors") if file.is_file())
+    config = _model_config(model)
+    dtype = config.get("dtype") or config.get("torch_dtype")
     return stored * DTYPE_BYTES[model.dtype] // DTYPE_BYTES.get(str(dtype), DTYPE_BYTES[model.dtype])

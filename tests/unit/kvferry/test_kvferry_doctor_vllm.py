@@ -67,7 +67,7 @@ def test_a_vllm_that_fits_is_named_and_no_one_asks_where_no_engine_is_vllm(machi
     machine(CPU)
     assert [f.detail for f in check_vllm(context(engine()))] == ["0.32.0+cpu, for the CPU"]
     machine(GPU, ("0", "1"))
-    assert [f.detail for f in check_vllm(context(engine()))] == ["0.33.0, GPUs: 0, 1"]
+    assert [f.detail for f in check_vllm(context(engine()))] == ["0.33.0, 2 GPUs (0, 1)"]
     machine(None)
     assert not check_vllm(context(TorchEngineConfig())) and not check_cores(context(TorchEngineConfig()))
 
@@ -107,13 +107,25 @@ def test_memory_counts_processes_weights_in_the_dtype_they_are_loaded_in_and_kv_
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16"}))
     model = ModelConfig(path=str(tmp_path), name="m", dtype="float32")
-    bare = host_bytes(engine(kv_cache_memory_bytes=0), ModelConfig(path="/no", name="m"), CPU)
-    assert host_bytes(engine(kv_cache_memory_bytes="1K"), model, CPU) == bare + 2000 + 1024
-    two = host_bytes(engine(kv_cache_memory_bytes="1k", tensor_parallel_size=2), model, CPU)
+    bare = host_bytes(engine(kv_cache_memory_bytes=0), ModelConfig(path="/no", name="m"), CPU, 256)
+    assert host_bytes(engine(kv_cache_memory_bytes="1K"), model, CPU, 256) == bare + 2000 + 1024
+    two = host_bytes(engine(kv_cache_memory_bytes="1k", tensor_parallel_size=2), model, CPU, 256)
     assert two == bare + (500 << 20) + 2000 + 2000
-    assert host_bytes(engine(), model, GPU) == bare
     in_env = VllmEngineConfig(env={"VLLM_CPU_KVCACHE_SPACE": "2"})
-    assert host_bytes(in_env, model, CPU) == bare + 2000 + (2 << 30)
+    assert host_bytes(in_env, model, CPU, 256) == bare + 2000 + (2 << 30)
+
+
+def test_beside_a_gpu_memory_counts_processes_of_each_rank_and_chunks_on_their_way(tmp_path):
+    model = ModelConfig(path=str(tmp_path), name="m", dtype="bfloat16")
+    one, two = (host_bytes(engine(tensor_parallel_size=ranks), model, GPU, 256) for ranks in (1, 2))
+    assert (one, two - one) == (2_600 << 20, 1_600 << 20)
+    shape = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+    for config in (shape, {"text_config": shape}, shape | {"head_dim": 128}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert host_bytes(engine(), model, GPU, 256) == one + 8 * (32 << 20)
+    for config in ([], {"num_hidden_layers": 32}, shape | {"num_attention_heads": None}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert host_bytes(engine(), model, GPU, 256) == one
 
 
 def test_a_model_for_vllm_needs_a_config_and_the_routers_tokenizer_whatever_its_architecture(tmp_path):
