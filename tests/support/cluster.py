@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import aiohttp
 import msgspec
 import yaml
+from support.gpus import GPU_SHARE, vllm_on_gpu
 from support.ports import free_ports
 
 from kvcore.config.file import load_config
@@ -46,7 +47,7 @@ VLLM_ENGINE = {
     "kind": "vllm",
     "args": {"enforce-eager": True, "kv-cache-memory-bytes": "64M", "max-num-seqs": 16, "block-size": 128},
 }
-"""Each of these nodes takes a core of its own, as far as there are."""
+"""Each of these nodes takes a core of its own, as far as there are. On a GPU all of them share it."""
 ENGINES = {"sim": SIM_ENGINE, "torch": TORCH_ENGINE, "vllm": VLLM_ENGINE}
 PATIENCE = {"stall_first_s": 60.0, "stall_gap_s": 30.0}
 """Of a router whose nodes share a busy machine with whatever else runs there."""
@@ -278,7 +279,11 @@ def write_config(
     }
     if engine == "vllm":
         for index, node in enumerate(nodes.values()):
-            node["engine"] = {"kind": "vllm", "env": {"VLLM_CPU_OMP_THREADS_BIND": str(index % (os.cpu_count() or 1))}}
+            if vllm_on_gpu():
+                node["engine"] = {"kind": "vllm", "args": {"gpu-memory-utilization": GPU_SHARE}}
+            else:
+                bind = {"VLLM_CPU_OMP_THREADS_BIND": str(index % (os.cpu_count() or 1))}
+                node["engine"] = {"kind": "vllm", "env": bind}
     config = {
         "cluster": folder.name[:40] or "test",
         "model": {"path": str(model) if model else "sim", "name": name or (model.name if model else "sim")},

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 TIE = 2e-4
+GPU_TIE = 0.02
+"""On a GPU: its kernels multiply float32 as TF32, in another order for each size of a batch."""
 RECORDED = Path(__file__).with_name("vllm_reference.json")
 _WORTH_RECORDING = 100 * TIE
 _ENV = {
@@ -43,13 +45,14 @@ class Reference:
 
     token_ids: list[int]
     gaps: list[dict[int, float]]
+    tie: float = TIE
 
     def check(self, output: Sequence[int], what: object) -> None:
         """Raises AssertionError unless `output` is these tokens, up to a tie."""
         for index, (got, expected) in enumerate(zip(output, self.token_ids, strict=True)):
             if got != expected:
                 gap = self.gaps[index].get(got)
-                assert gap is not None and gap < TIE, (
+                assert gap is not None and gap < self.tie, (
                     f"{what}: token {index} is {got}, not {expected}; gap {gap}\ngot      {list(output)}\n"
                     f"expected {self.token_ids}"
                 )
@@ -57,26 +60,30 @@ class Reference:
 
     def to_json(self) -> dict[str, Any]:
         """Without the gaps that are too large to matter."""
+        worth = max(_WORTH_RECORDING, self.tie)
         ties = {
-            n: {t: round(gap, 7) for t, gap in gaps.items() if gap < _WORTH_RECORDING and t != self.token_ids[n]}
+            n: {t: round(gap, 7) for t, gap in gaps.items() if gap < worth and t != self.token_ids[n]}
             for n, gaps in enumerate(self.gaps)
         }
         return {"tokens": self.token_ids, "ties": {str(n): found for n, found in ties.items() if found}}
 
     @classmethod
-    def from_json(cls, answer: dict[str, Any]) -> "Reference":
+    def from_json(cls, answer: dict[str, Any], tie: float = TIE) -> "Reference":
         """As `to_json` gives it, before or after it was written."""
         ties = {int(n): {int(t): gap for t, gap in found.items()} for n, found in answer["ties"].items()}
-        return cls(answer["tokens"], [ties.get(n, {}) for n in range(len(answer["tokens"]))])
+        return cls(answer["tokens"], [ties.get(n, {}) for n in range(len(answer["tokens"]))], tie)
 
 
 class References:
     """Answers of a vLLM without kvferry. `model`: its name in RECORDED, `folder`: where it is; `args`: of vllm.LLM."""
 
-    def __init__(self, model: str, folder: Path, **args: object) -> None:
+    def __init__(self, model: str, folder: Path, *, tie: float | None = None, **args: object) -> None:
+        from support.gpus import GPU_SHARE, vllm_on_gpu  # not in the process, which has not the tests' path
+
         self._model = model
         self._folder = folder
-        self._args = args
+        self._args = {"gpu_memory_utilization": GPU_SHARE, **args} if vllm_on_gpu() else args
+        self._tie = tie if tie is not None else GPU_TIE if vllm_on_gpu() else TIE
         self._single: SingleVllm | None = None
         self._recorded: dict[str, Any] = _read_recorded().get(_processor(), {}).get(model, {})
         self._computed: dict[str, Any] = {}
@@ -91,10 +98,10 @@ class References:
         missing = [n for n, name in enumerate(names) if name not in self._recorded or os.environ.get("KVFERRY_RECORD")]
         if missing:
             warnings.warn(f"{self._model}: {len(missing)} answers are not recorded, a vLLM computes them", stacklevel=2)
-            self._single = self._single or SingleVllm(self._folder, **self._args)
+            self._single = self._single or SingleVllm(self._folder, tie=self._tie, **self._args)
             computed = self._single.answers([prompts[n] for n in missing], max_tokens, adapter)
             self._computed |= {names[n]: answer.to_json() for n, answer in zip(missing, computed, strict=True)}
-        return [Reference.from_json((self._recorded | self._computed)[name]) for name in names]
+        return [Reference.from_json((self._recorded | self._computed)[name], self._tie) for name in names]
 
     def close(self) -> None:
         """End the vLLM, if there is one, and record what it computed if that is wanted."""
@@ -146,8 +153,9 @@ def _name(prompt: Sequence[int], max_tokens: int) -> str:
 class SingleVllm:
     """A vLLM without kvferry, in a process of its own that stays up. From any one thread at a time."""
 
-    def __init__(self, model: Path, **args: object) -> None:
+    def __init__(self, model: Path, *, tie: float = TIE, **args: object) -> None:
         """`args`: of vllm.LLM. Does not wait for it to come up."""
+        self._tie = tie
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (`close` closes it)
         self._process = subprocess.Popen(
             [sys.executable, __file__, json.dumps({"model": str(model), **args})],
@@ -176,7 +184,7 @@ class SingleVllm:
             self._said.seek(0)
             raise AssertionError(f"the reference ended with {self._process.wait()}: {self._said.read()[-4000:]!r}")
         return [
-            Reference(answer["token_ids"], [{int(k): v for k, v in gaps.items()} for gaps in answer["gaps"]])
+            Reference(answer["token_ids"], [{int(k): v for k, v in gaps.items()} for gaps in answer["gaps"]], self._tie)
             for answer in json.loads(line.removeprefix(_MARK))
         ]
 
@@ -194,10 +202,8 @@ def main() -> None:
 
     adapters: dict[str, LoRARequest] = {}
     llm = LLM(
-        dtype="float32",
-        enforce_eager=True,
         enable_prefix_caching=False,
-        **({"kv_cache_memory_bytes": 300 << 20} | json.loads(sys.argv[1])),
+        **({"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 300 << 20} | json.loads(sys.argv[1])),
     )
     for line in sys.stdin:
         asked = json.loads(line)
