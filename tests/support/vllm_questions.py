@@ -7,6 +7,11 @@ from support.cluster import ClusterHandle, Streamed
 from support.tiny_models import VOCAB_SIZE
 from support.vllm_reference import Reference, References
 
+from kvcore.chunk_keys import chunk_keys, root_key
+from kvcore.clock import SystemClock
+from metadata_server.connect import MetadataEndpoints, connect_client
+from metadata_server.messages import MatchReply, MatchRequest
+
 BLOCK = 128
 NEW_TOKENS = 8
 
@@ -33,11 +38,23 @@ class Questions:
         """What one vLLM answers."""
         return self._references[tuple(prompt)]
 
-    async def ask(self, subject: ClusterHandle, prompt: list[int]) -> Streamed:
-        """Stream an answer and hold it against the reference."""
-        answer = await subject.stream(prompt, **greedy(self._max_tokens))
+    async def ask(self, subject: ClusterHandle, prompt: list[int], **fields: str) -> Streamed:
+        """Stream an answer and hold it against the reference, which `fields` do not change."""
+        answer = await subject.stream(prompt, **greedy(self._max_tokens), **fields)
         self.reference(prompt).check(answer.token_ids, await subject.explain(answer.id))
         return answer
+
+
+async def lookup(subject: ClusterHandle, prompt: list[int]) -> MatchReply:
+    """Where the prompt's full chunks are, as far as they are."""
+    report = await subject.node_info("prefill-0")
+    assert report.engine is not None
+    keys = chunk_keys(root_key(report.engine.kv_spec.fingerprint), prompt, BLOCK)
+    client = connect_client(MetadataEndpoints(urls=(subject.metadata_url,), timeout_s=5.0), SystemClock())
+    try:
+        return await client.match(MatchRequest(keys=keys))
+    finally:
+        await client.aclose()
 
 
 async def vllm_metric(subject: ClusterHandle, node: str, name: str, *labels: str) -> float:

@@ -14,7 +14,7 @@ from support.vllm_questions import prompt_of
 from support.vllm_reference import Reference, References
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
-NEW_TOKENS, LONG = 12, 160
+NEW_TOKENS, LONG = 12, 400
 PROMPTS = [prompt_of(300, 71), prompt_of(410, 72)]
 
 
@@ -79,6 +79,7 @@ async def check_models(subject: ClusterHandle, adapters: dict[str, Path]) -> Non
 async def check_takeover(subject: ClusterHandle, expected: Reference) -> None:
     """The decoder's engine dies in mid-answer: whoever goes on has the adapter too."""
     body = {"model": "one", "prompt": PROMPTS[0], "max_tokens": LONG, "temperature": 0, "ignore_eos": True}
+    engine = psutil.Process(subject.launcher.pids["decode-0"]).children(recursive=True)
     got: list[int] = []
     killed, request_id = False, ""
     async for event in subject.events("/v1/completions", body | {"return_token_ids": True}):
@@ -86,7 +87,7 @@ async def check_takeover(subject: ClusterHandle, expected: Reference) -> None:
         got += [token for choice in event["choices"] for token in choice["token_ids"] or ()]
         if got and not killed:
             killed = True
-            for process in psutil.Process(subject.launcher.pids["decode-0"]).children(recursive=True):
+            for process in engine:
                 os.kill(process.pid, signal.SIGKILL)
     expected.check(got, "an answer that changed its decoder")
     legs = [leg["node"] for leg in (await subject.explain(request_id))["legs"] if leg["kind"] == "decode"]

@@ -6,15 +6,12 @@ from dataclasses import replace
 
 import pytest
 from support.cluster import ClusterHandle
-from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, prompt_of
+from support.vllm_questions import BLOCK, NEW_TOKENS, Questions, lookup, prompt_of
 from support.vllm_reference import References
 
-from kvcore.chunk_keys import chunk_keys, root_key
-from kvcore.clock import SystemClock
 from kvcore.types import ChunkKey
 from kvstore.chunk_format import HEADER_BYTES, ChunkHeader, pack, parse
-from metadata_server.connect import MetadataEndpoints, connect_client
-from metadata_server.messages import MatchReply, MatchRequest
+from metadata_server.messages import MatchReply
 from transfer.memory.segment import attach
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="session")]
@@ -59,17 +56,6 @@ def header_of(extent: memoryview) -> ChunkHeader:
 @pytest.fixture(scope="module")
 def questions(single: References) -> Questions:
     return Questions(single, list(PROMPTS.values()), NEW_TOKENS)
-
-
-async def lookup(subject: ClusterHandle, prompt: list[int]) -> MatchReply:
-    report = await subject.node_info("prefill-0")
-    assert report.engine is not None
-    keys = chunk_keys(root_key(report.engine.kv_spec.fingerprint), prompt, BLOCK)
-    client = connect_client(MetadataEndpoints(urls=(subject.metadata_url,), timeout_s=5.0), SystemClock())
-    try:
-        return await client.match(MatchRequest(keys=keys))
-    finally:
-        await client.aclose()
 
 
 async def damage(reply: MatchReply, how: Damage) -> int:

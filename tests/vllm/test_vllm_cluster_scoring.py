@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.cluster import ClusterHandle
 from support.generate_reference import load_reference
-from support.vllm_questions import BLOCK, greedy, prompt_of
+from support.vllm_questions import BLOCK, greedy, lookup, prompt_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="session")]
 
@@ -52,6 +52,11 @@ async def test_prompt_logprobs_are_those_of_a_forward_whatever_is_cached(
 async def test_what_was_computed_for_them_is_stored_for_others(subject: ClusterHandle) -> None:
     prompt = prompt_of(6 * BLOCK + 3, 950)
     await subject.complete(prompt, prompt_logprobs=0, **greedy(1))
+
+    async def stored() -> bool:  # beside the answer, not before it
+        return len((await lookup(subject, prompt)).replicas) == len(prompt) // BLOCK
+
+    await subject.until(stored, 60)
     for _ in range(2):
         body = await subject.complete(prompt, **greedy(1))
         assert body["usage"]["prompt_tokens_details"]["cached_tokens"] >= len(prompt) - 2 * BLOCK

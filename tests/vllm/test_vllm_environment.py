@@ -122,11 +122,13 @@ def test_vllms_queue_sleeps_where_it_would_spin_and_else_waits_as_before(monkeyp
         sender.join()
 
     naps: list[float] = []
+    now = time.monotonic()
     monkeypatch.setattr("engines.vllm.queue_naps.time.sleep", naps.append)
+    monkeypatch.setattr("engines.vllm.queue_naps.time.monotonic", lambda: now)
     for idle_s in (0.0, 0.008, 0.5):
-        condition.last_read = time.monotonic() - idle_s
+        condition.last_read = now - idle_s
         condition.wait(timeout_ms=1)
-    assert naps == [pytest.approx(20e-6), pytest.approx(250e-6, rel=0.5), pytest.approx(500e-6)]
+    assert naps == [pytest.approx(20e-6), pytest.approx(250e-6), pytest.approx(500e-6)]
 
 
 def test_each_factor_of_nixls_compatibility_hash_is_declared_or_known_to_be_none_of_ours(monkeypatch):
