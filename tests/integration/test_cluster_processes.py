@@ -118,7 +118,7 @@ async def stream_on(subject: ClusterHandle, session: aiohttp.ClientSession, prom
 async def test_a_process_that_is_killed_loses_its_own_connections_alone(tmp_path: Path):
     async with two_processes(tmp_path, "engine.inter_token_s=0.02") as subject, fresh() as session:
         draw = random.Random(5)
-        prompts = [make_prompt(draw, 640) for _ in range(12)]
+        prompts = [make_prompt(draw, 640) for _ in range(20)]  # one process had all of 12 once in 2,048 times
         streams = [
             asyncio.create_task(stream_on(subject, session, prompt, f"s-{number}"))
             for number, prompt in enumerate(prompts)
