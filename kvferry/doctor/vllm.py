@@ -1,10 +1,13 @@
 """Checks of this machine for the vLLM engines that belong on it: the installation, the cores. Nothing is imported."""
 
 import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engines.vllm.connector.limits import ConnectorLimits
+from engines.vllm.gpu_turns import gpus_of
 from kvcore.config.schema import ModelConfig, VllmEngineConfig
 from kvcore.config.vllm_options import argument
 from kvcore.errors import ModelLoadError
@@ -17,6 +20,9 @@ _RANK_BYTES = 500 << 20
 _GPU_FRONT_BYTES, _GPU_RANK_BYTES = 1_000 << 20, 1_600 << 20
 """Measured beside an H100: the engine's front and its guard, and vLLM's core with one worker."""
 _INSTALL = "`pip install 'kvferry[vllm]'` (GPUs) or `make venv-vllm` (CPU), and run kvferry from there"
+_OWN_GPUS = "give each engine its own: nodes.NAME.engine.env.CUDA_VISIBLE_DEVICES, e.g. 0 for one and 1 for another"
+_GPU_PART = 0.92
+"""vLLM's own `gpu-memory-utilization`, of 0.32 and 0.33."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of one number of each `model.dtype`."""
 
@@ -38,7 +44,46 @@ def check_vllm(context: Context) -> list[Finding]:
     if not devices:
         return [Finding("vllm", False, f"vLLM {build.version} needs a GPU, and this machine has none", _INSTALL)]
     shown = f"{len(devices)} GPU{'s' if len(devices) > 1 else ''} ({', '.join(devices)})"
-    return [Finding("vllm", True, f"{build.version}, {shown}")]
+    wrong = _first_gpu_clash(context.local_vllm, devices)
+    return [Finding("vllm", True, f"{build.version}, {shown}"), *([wrong] if wrong is not None else ())]
+
+
+def _first_gpu_clash(engines: Mapping[str, VllmEngineConfig], devices: Sequence[str]) -> Finding | None:
+    """Of what engines say that they take of this machine's GPUs. Whether there are those that they name is told where
+    all are known by their indexes."""
+    by_index = "CUDA_VISIBLE_DEVICES" not in os.environ
+    parts: dict[str, dict[str, float]] = {}
+    for name, engine in engines.items():
+        ranks = _ranks(engine)
+        taken = gpus_of(os.environ | engine.env, ranks)
+        missing = [gpu for gpu in taken if by_index and gpu.isdigit() and gpu not in devices]
+        if missing:
+            has = f"this machine has {', '.join(devices)}"
+            return Finding("gpus", False, f"{name}: takes GPU {missing[0]}, {has}", _OWN_GPUS)
+        if len(taken) < ranks:
+            return Finding("gpus", False, f"{name}: tensor-parallel-size {ranks} on {len(taken)} GPUs", _OWN_GPUS)
+        for gpu in taken:
+            parts.setdefault(gpu, {})[name] = _gpu_part(engine)
+    for gpu, shares in parts.items():
+        if sum(shares.values()) > 1:
+            told = " and ".join(f"{name} {part:g}" for name, part in shares.items())
+            remedy = f"{_OWN_GPUS}, or engine.args.gpu-memory-utilization: 0.45"
+            return Finding("gpus", False, f"GPU {gpu}: of its memory {told} are wanted", remedy)
+    return None
+
+
+def _ranks(engine: VllmEngineConfig) -> int:
+    return parse_size(argument(engine.args, "tensor-parallel-size")) or 1
+
+
+def _gpu_part(engine: VllmEngineConfig) -> float:
+    """Of a GPU's memory; 0 where the size of its KV is given, which says nothing of the weights."""
+    if kv_bytes(engine) is not None:
+        return 0.0
+    try:
+        return float(str(argument(engine.args, "gpu-memory-utilization") or _GPU_PART))
+    except ValueError:  # vLLM says so
+        return 0.0
 
 
 def check_adapters(context: Context) -> list[Finding]:
@@ -117,7 +162,7 @@ def kv_bytes(engine: VllmEngineConfig) -> int | None:
 
 def host_bytes(engine: VllmEngineConfig, model: ModelConfig, build: VllmBuild | None, chunk_tokens: int) -> int:
     """Main memory that an engine takes. On a GPU weights and KV lie elsewhere, but for chunks on their way."""
-    ranks = parse_size(argument(engine.args, "tensor-parallel-size")) or 1
+    ranks = _ranks(engine)
     if build is not None and build.platform != "cpu":
         staging = ConnectorLimits().staging_slots * chunk_tokens * _token_bytes(model)
         return _GPU_FRONT_BYTES + ranks * _GPU_RANK_BYTES + staging

@@ -72,6 +72,45 @@ def test_a_vllm_that_fits_is_named_and_no_one_asks_where_no_engine_is_vllm(machi
     assert not check_vllm(context(TorchEngineConfig())) and not check_cores(context(TorchEngineConfig()))
 
 
+def on_gpus(visible: str | None, **args: object) -> VllmEngineConfig:
+    found = engine(**args)
+    return msgspec.structs.replace(found, env={} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+
+
+@pytest.mark.parametrize(
+    ("engines", "detail"),
+    [
+        ([on_gpus("0"), on_gpus("2")], "d1: takes GPU 2, this machine has 0, 1"),
+        ([on_gpus("1", tensor_parallel_size=2)], "d0: tensor-parallel-size 2 on 1 GPUs"),
+        ([on_gpus(None, tensor_parallel_size=4)], "d0: takes GPU 2, this machine has 0, 1"),
+        ([on_gpus(None), on_gpus(None)], "GPU 0: of its memory d0 0.92 and d1 0.92 are wanted"),
+        ([on_gpus("1", gpu_memory_utilization=0.5), on_gpus("1", gpu_memory_utilization="0.6")], "d0 0.5 and d1 0.6"),
+        ([on_gpus("0,1", tensor_parallel_size=2), on_gpus("1")], "GPU 1: of its memory d0 0.92 and d1 0.92"),
+    ],
+)
+def test_engines_that_have_no_gpu_of_their_own_are_told(machine, monkeypatch, engines, detail):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine(GPU, ("0", "1"))
+    _, finding = check_vllm(context(*engines))
+    assert not finding.ok and detail in finding.detail and "CUDA_VISIBLE_DEVICES" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    "engines",
+    [
+        [on_gpus("0"), on_gpus("1")],
+        [on_gpus("0,1", tensor_parallel_size=2)],
+        [on_gpus("0", gpu_memory_utilization=0.45), on_gpus("0", gpu_memory_utilization=0.45)],
+        [on_gpus("0"), on_gpus("0", kv_cache_memory_bytes="4G")],
+        [on_gpus("GPU-8f6e")],
+    ],
+)
+def test_engines_that_fit_on_the_gpus_are_nobodys_business(machine, monkeypatch, engines):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine(GPU, ("0", "1"))
+    assert [finding.ok for finding in check_vllm(context(*engines))] == [True]
+
+
 def test_two_engines_on_a_cpu_must_say_how_much_memory_their_kv_takes(machine):
     machine(CPU)
     _, finding = check_vllm(context(engine(), engine(kv_cache_memory_bytes="1G")))
