@@ -33,13 +33,13 @@ slow: $(VENV)/.demo-model $(VENV)/valkey/.installed   ## whole clusters and what
 # All of it on the UCX of NIXL's wheel (1.23). UCX 1.13, which Debian has, aborts a segment's process when its peer dies
 # while the two connect (docs/rdma.md): it is held to everything but deaths, and to what such an abort may cost.
 ucx: $(VENV)/nixl/.installed   ## the UCX transport, over TCP; skipped where there is no libucp
-	UCX_UNDER_TEST=$$(echo $(abspath $(VENV))/nixl/nixl_cu12.libs/libucp-*.so*) $(PYTEST) tests -m ucx -k "not nixl" -n 2
+	UCX_UNDER_TEST=$$(echo $(abspath $(VENV))/nixl/nixl_cu12.libs/libucp-*.so*) $(PYTEST) tests -m "ucx and not gpu" -k "not nixl" -n 2
 	$(PYTEST) tests/conformance/test_transfer_conformance.py tests/unit/transfer/test_transfer_host_process.py \
 		-m ucx -k "not nixl and not killed or die_as_they_connect" -n 2
 
 # In a folder of its own: 65 MB to load, 220 MB on the disk, and it asks for torch, which it does not need.
 nixl: $(VENV)/nixl/.installed   ## the NIXL transport, over TCP
-	PYTHONPATH=$(abspath $(VENV)/nixl) NIXL_TESTS=1 $(PYTEST) tests -m ucx -k nixl -n 2
+	PYTHONPATH=$(abspath $(VENV)/nixl) NIXL_TESTS=1 $(PYTEST) tests -m "ucx and not gpu" -k nixl -n 2
 
 $(VENV)/nixl/.installed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/nixl nixl-cu12==1.5.1
@@ -56,7 +56,7 @@ gpu: $(VENV)/.installed   ## the tests that need a GPU; those with vLLM where VE
 	$(PYTEST) tests/unit/engines_vllm tests/vllm -m gpu
 
 vllm: $(VENV_VLLM)/.installed $(VENV)/.demo-model   ## the tests that need vLLM, on the CPU, in an environment of their own
-	TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest tests/vllm -n 2
+	TOKENIZERS_PARALLELISM=false $(VENV_VLLM)/bin/python -m pytest tests/vllm -m "not gpu" -n 2
 
 # Clients of other projects, in environments of their own: what they pin is not what we pin. Load generators are large.
 CLIENTS := KVFERRY_PYTHON=$(abspath $(BIN))/python PYTHONDONTWRITEBYTECODE=
