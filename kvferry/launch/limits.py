@@ -10,6 +10,10 @@ class LaunchLimits:
     health_timeout_s: float = 2.0
     poll_s: float = 0.1
     """Between two questions to a process that is not healthy yet."""
+    watch_s: float = 1.0
+    """Between two questions to one of several processes on one port, once it serves."""
+    most_silent: int = 5
+    """Questions in a row that may have no answer within `health_timeout_s`: then it hangs."""
     first_backoff_s: float = 0.2
     longest_backoff_s: float = 5.0
     steady_s: float = 10.0

@@ -83,7 +83,8 @@ class SupervisedProcess:
         self._session = session
         self._on_line = on_line
         self._on_change = on_change
-        self._poll_s = limits.poll_s
+        self._limits = limits
+        self._hung = ""
         self._child: ChildProcess | None = None
         self._problem = "not asked yet"
         self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
@@ -108,15 +109,17 @@ class SupervisedProcess:
 
     async def run_once(self) -> str:
         """Start it and wait for it to end; returns how it ended. Its state is READY then iff it had served."""
-        self._child = await ChildProcess.start(self.plan.command, on_line=self._take_line)
+        self._child, self._hung = await ChildProcess.start(self.plan.command, on_line=self._take_line), ""
         self.set_state(ProcessState.STARTING)
-        polling = asyncio.create_task(self._poll_health())
+        polling = asyncio.create_task(self._look_after(self._child))
         try:
             returncode = await self._child.wait()
         finally:
             polling.cancel()
             with suppress(asyncio.CancelledError):
                 await polling
+        if self._hung:
+            return self._hung
         return f"was ended by signal {-returncode}" if returncode < 0 else f"ended with exit code {returncode}"
 
     def set_state(self, state: ProcessState, detail: str = "") -> None:
@@ -158,11 +161,33 @@ class SupervisedProcess:
         """That it was not ready in time, and why."""
         return self.explain(f"was not ready after {timeout_s:g} s ({self._problem})")
 
+    async def _look_after(self, child: ChildProcess) -> None:
+        await self._poll_health()
+        if self.plan.own_url is not None:
+            await self._watch(child)
+
+    async def _watch(self, child: ChildProcess) -> None:
+        """Kills it if it hangs: the kernel goes on to deal connections out to it that the others would serve. Whatever
+        it answers, and that it takes no connection any more, is none of that."""
+        silent, limits = 0, self._limits
+        while silent < limits.most_silent:
+            await asyncio.sleep(limits.watch_s)
+            try:
+                await self._ask()
+            except TimeoutError:
+                silent += 1
+            except (aiohttp.ClientError, OSError):
+                silent = 0
+            else:
+                silent = 0
+        self._hung = f"hung: {silent} questions had no answer within {limits.health_timeout_s:g} s each; it was killed"
+        child.kill()
+
     async def _poll_health(self) -> None:
         while self._problem:
             self._problem = await self._ask_health()
             if self._problem:
-                await asyncio.sleep(self._poll_s)
+                await asyncio.sleep(self._limits.poll_s)
         self._problem = "it has ended since"
         self.was_ready = True
         if self.state is ProcessState.STARTING:  # not stopped while the answer was on its way
@@ -171,11 +196,15 @@ class SupervisedProcess:
     async def _ask_health(self) -> str:
         """Why it is not healthy; empty where it is."""
         try:
-            async with self._session.get(self.plan.health_url) as reply:
-                body = await reply.content.read(300)
-                return "" if reply.status == 200 else f"HTTP {reply.status} {body.decode('utf-8', 'replace')}"
+            return await self._ask()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return why_unreachable(error)
+
+    async def _ask(self) -> str:
+        """As `_ask_health`. Raises what aiohttp does, TimeoutError where it says nothing."""
+        async with self._session.get(self.plan.health_url) as reply:
+            body = await reply.content.read(300)
+            return "" if reply.status == 200 else f"HTTP {reply.status} {body.decode('utf-8', 'replace')}"
 
     def _take_line(self, line: str) -> None:
         self._last_lines.append(line)

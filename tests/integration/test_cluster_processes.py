@@ -186,6 +186,29 @@ async def test_a_process_that_stops_under_load_loses_no_request(tmp_path: Path):
         assert not wrong
 
 
+async def test_a_process_that_hangs_is_killed_so_that_the_other_has_its_connections(tmp_path: Path):
+    async with two_processes(tmp_path, prefillers=0, decoders=1) as subject, fresh() as session:
+        hung = subject.launcher.pids["router.2"]
+        os.kill(hung, signal.SIGSTOP)
+        waited = Counter[str]()
+
+        async def one() -> None:
+            """As a client that tries again where its connection breaks."""
+            while True:
+                try:
+                    body = completion(subject, [1, 2, 3], 2)
+                    async with session.post(f"{subject.url}/v1/completions", json=body) as reply:
+                        waited["answered"] += reply.status == 200
+                        return
+                except aiohttp.ClientError:
+                    waited["broken"] += 1
+
+        async with asyncio.timeout(RESTART_S):
+            await asyncio.gather(*(one() for _ in range(40)))
+        await subject.launcher.wait_restarted("router.2", hung, RESTART_S)
+        assert waited["answered"] == 40 and waited["broken"] >= 1, waited
+
+
 async def test_what_a_tenant_asks_of_one_process_counts_at_the_other(tmp_path: Path):
     key, record = new_key("t", admin=False, created="")
     admin, admins = new_key("ops", admin=True, created="")

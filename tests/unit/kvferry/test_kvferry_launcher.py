@@ -25,6 +25,7 @@ from kvcore.types import Role
 from kvferry.cluster_text import cluster_text
 from kvferry.launch.control import LauncherAwayError, LookOrder, RestartOrder, ask_launcher, controlled
 from kvferry.launch.launcher import Launcher
+from kvferry.launch.limits import LaunchLimits
 from kvferry.launch.processes import ProcessKind, ProcessPlan, plan_processes
 from kvferry.launch.supervised import TRANSITIONS, ProcessState
 
@@ -124,6 +125,22 @@ async def test_one_that_has_served_is_restarted_when_it_dies(make):
         assert launcher.restarts == {"metadata-server": 0, "d": 1, "router": 0}
         died = next(event for event in launcher.events if event.state is ProcessState.DIED)
         assert died.name == "d" and "was ended by signal 9; starting it again in 0.2 s" in died.detail
+
+
+async def test_one_of_several_on_a_port_that_hangs_is_killed_and_started_again(make):
+    plans = [serving(name, ProcessKind.ROUTER) for name in ("router.1", "router.2", "router")]
+    plans[:2] = [replace(plan, own_url=plan.url) for plan in plans[:2]]
+    limits = LaunchLimits(health_timeout_s=0.5, watch_s=0.05, most_silent=3)
+    async with make(plans, limits=limits) as launcher:
+        await launcher.wait_ready(60)
+        hung, alone = launcher.pids["router.2"], launcher.pids["router"]
+        for pid in (hung, alone):
+            os.kill(pid, signal.SIGSTOP)
+        await launcher.wait_restarted("router.2", hung, 60)
+        (died,) = [event for event in launcher.events if event.state is ProcessState.DIED]
+        assert died.detail.startswith("hung: 3 questions had no answer within 0.5 s each; it was killed; starting it")
+        assert launcher.pids["router"] == alone, "it may be stopped by who looks into it, and keeps nobody else's port"
+        os.kill(alone, signal.SIGCONT)
 
 
 async def test_a_node_that_was_drained_stays_down(make):
