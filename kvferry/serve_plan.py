@@ -26,7 +26,7 @@ from kvcore.config.tiers import TiersConfig
 from kvcore.config.vllm_options import argument, argument_name, check_arguments
 from kvcore.errors import ConfigError
 from kvcore.types import Role
-from kvferry.vllm_here import VllmBuild, parse_size, split_cores
+from kvferry.vllm_here import VllmBuild, ranks_of, split_cores
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PREFILLER, DECODER = "prefill-0", "decode-0"
@@ -138,7 +138,7 @@ def _vllm_engines(
     """The cluster's section, each node's own, and the division of the machine in words."""
     for name, problem in check_arguments(options.args):
         raise ConfigError(f"--arg {name}: {problem}")
-    ranks = parse_size(argument(options.args, "tensor-parallel-size")) or 1
+    ranks = ranks_of(options.args)
     args: dict[str, object] = {}
     if platform == "cpu":
         args = {"enforce-eager": True, "kv-cache-memory-bytes": int(options.kv_cache or share)}

@@ -7,10 +7,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from kvcore.config.vllm_options import argument
 
 OLDEST, TOO_NEW = (0, 32), (0, 34)
 """Versions that the connector was written against: OLDEST <= version < TOO_NEW."""
@@ -109,6 +111,11 @@ def parse_cores(text: str) -> set[int] | None:
             raise ValueError(f"{text!r} is not a list of cores such as 0-3 or 0,1|2,3")
         found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return found
+
+
+def ranks_of(args: Mapping[str, object]) -> int:
+    """How many ranks, each with a GPU or cores of its own, an engine has by these arguments of vLLM."""
+    return parse_size(argument(args, "tensor-parallel-size")) or 1
 
 
 def parse_size(value: object) -> int | None:

@@ -1,6 +1,5 @@
 """Checks of this machine for the vLLM engines that belong on it: the installation, the cores. Nothing is imported."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,20 @@ from engines.vllm.gpu_turns import gpus_of
 from kvcore.config.schema import ModelConfig, VllmEngineConfig
 from kvcore.config.vllm_options import argument
 from kvcore.errors import ModelLoadError
+from kvcore.model_folder import read_json
+from kvcore.model_shape import kv_shape, text_part
 from kvferry.doctor.findings import Context, Finding
-from kvferry.vllm_here import OLDEST, TOO_NEW, VllmBuild, cores, cuda_devices, installed_vllm, parse_cores, parse_size
+from kvferry.vllm_here import (
+    OLDEST,
+    TOO_NEW,
+    VllmBuild,
+    cores,
+    cuda_devices,
+    installed_vllm,
+    parse_cores,
+    parse_size,
+    ranks_of,
+)
 
 _PROCESSES_BYTES = 1_700 << 20
 """Measured on a CPU: the engine's front, vLLM's core and one worker, without weights and KV."""
@@ -54,7 +65,7 @@ def _first_gpu_clash(engines: Mapping[str, VllmEngineConfig], devices: Sequence[
     by_index = "CUDA_VISIBLE_DEVICES" not in os.environ
     parts: dict[str, dict[str, float]] = {}
     for name, engine in engines.items():
-        ranks = _ranks(engine)
+        ranks = ranks_of(engine.args)
         taken = gpus_of(os.environ | engine.env, ranks)
         missing = [gpu for gpu in taken if by_index and gpu.isdigit() and gpu not in devices]
         if missing:
@@ -70,10 +81,6 @@ def _first_gpu_clash(engines: Mapping[str, VllmEngineConfig], devices: Sequence[
             remedy = f"{_OWN_GPUS}, or engine.args.gpu-memory-utilization: 0.45"
             return Finding("gpus", False, f"GPU {gpu}: of its memory {told} are wanted", remedy)
     return None
-
-
-def _ranks(engine: VllmEngineConfig) -> int:
-    return parse_size(argument(engine.args, "tensor-parallel-size")) or 1
 
 
 def _gpu_part(engine: VllmEngineConfig) -> float:
@@ -162,7 +169,7 @@ def kv_bytes(engine: VllmEngineConfig) -> int | None:
 
 def host_bytes(engine: VllmEngineConfig, model: ModelConfig, build: VllmBuild | None, chunk_tokens: int) -> int:
     """Main memory that an engine takes. On a GPU weights and KV lie elsewhere, but for chunks on their way."""
-    ranks = _ranks(engine)
+    ranks = ranks_of(engine.args)
     if build is not None and build.platform != "cpu":
         staging = ConnectorLimits().staging_slots * chunk_tokens * _token_bytes(model)
         return _GPU_FRONT_BYTES + ranks * _GPU_RANK_BYTES + staging
@@ -172,25 +179,23 @@ def host_bytes(engine: VllmEngineConfig, model: ModelConfig, build: VllmBuild | 
 
 def _token_bytes(model: ModelConfig) -> int:
     """KV of one token, in the model's dtype; 0: the model's folder does not say, or is not here yet."""
-    whole = _model_config(model)
-    nested = whole.get("text_config")
-    config = nested if isinstance(nested, dict) else whole
     try:
-        heads = config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        return int(config["num_hidden_layers"] * 2 * kv_heads * head_dim) * DTYPE_BYTES[model.dtype]
-    except (KeyError, TypeError, ZeroDivisionError):
+        shape = kv_shape(text_part(_model_config(model)), _config_file(model))
+        return int(shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim) * DTYPE_BYTES[model.dtype]
+    except (ModelLoadError, TypeError):
         return 0
 
 
 def _model_config(model: ModelConfig) -> dict[str, Any]:
     """Its config.json; empty where that cannot be read."""
     try:
-        config = json.loads((Path(model.path) / "config.json").read_bytes())
-    except (OSError, ValueError):
+        return read_json(_config_file(model), "it describes the model")
+    except ModelLoadError:
         return {}
-    return config if isinstance(config, dict) else {}
+
+
+def _config_file(model: ModelConfig) -> Path:
+    return Path(model.path) / "config.json"
 
 
 def weight_bytes(model: ModelConfig) -> int:

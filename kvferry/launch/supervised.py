@@ -176,10 +176,10 @@ class SupervisedProcess:
                 await self._ask()
             except TimeoutError:
                 silent += 1
+                continue
             except (aiohttp.ClientError, OSError):
-                silent = 0
-            else:
-                silent = 0
+                pass
+            silent = 0
         self._hung = f"hung: {silent} questions had no answer within {limits.health_timeout_s:g} s each; it was killed"
         child.kill()
 

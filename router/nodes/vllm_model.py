@@ -1,13 +1,14 @@
 """What the router must know of the model behind vLLM servers that are not ours, read from the model's folder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from kvcore.config.schema import ClusterConfig
-from kvcore.errors import ModelLoadError
 from kvcore.model_folder import find_folder, read_json
+from kvcore.model_shape import kv_shape, number_in, text_part
 from kvcore.types import KVSpec
 
 _FILES = ("config.json", "generation_config.json")
@@ -27,20 +28,18 @@ def read_model_facts(config: ClusterConfig) -> ModelFacts:
     """From `config.json` and `generation_config.json` of `model.path`. Blocking. Raises ModelLoadError."""
     folder = find_folder(config.model.path, _FILES)
     file = folder / "config.json"
-    whole = read_json(file, "it describes the model")
-    nested = whole.get("text_config")
-    model: dict[str, Any] = nested if isinstance(nested, dict) else whole
-    heads = _number(model, "num_attention_heads", file)
+    model = text_part(read_json(file, "it describes the model"))
+    shape = kv_shape(model, file)
     return ModelFacts(
-        vocab_size=_number(model, "vocab_size", file),
+        vocab_size=number_in(model, "vocab_size", file),
         eos_token_ids=_eos_token_ids(folder, model),
         kv_spec=KVSpec(
             model_id=config.model.name,
             weights_digest="config." + sha256(file.read_bytes()).hexdigest()[:32],
             tokenizer_digest="",
-            num_layers=_number(model, "num_hidden_layers", file),
-            num_kv_heads=model.get("num_key_value_heads") or heads,
-            head_dim=model.get("head_dim") or _number(model, "hidden_size", file) // heads,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
             dtype=str(model.get("dtype") or model.get("torch_dtype") or "auto"),
             attention=str(model.get("model_type")),
             layout_id=f"vllm.{config.handoff}",
@@ -50,14 +49,7 @@ def read_model_facts(config: ClusterConfig) -> ModelFacts:
     )
 
 
-def _number(model: dict[str, Any], name: str, file: Path) -> int:
-    value = model.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise ModelLoadError(f"{file} has no {name}: is it a language model in Hugging Face format?")
-    return value
-
-
-def _eos_token_ids(folder: Path, model: dict[str, Any]) -> tuple[int, ...]:
+def _eos_token_ids(folder: Path, model: Mapping[str, Any]) -> tuple[int, ...]:
     file = folder / "generation_config.json"
     named = read_json(file, "its eos_token_id ends a text").get("eos_token_id") if file.is_file() else None
     if named is None:

@@ -12,18 +12,18 @@ from starlette.responses import Response
 
 from kvcore.errors import InvalidRequestError, KVFerryError
 from kvcore.process.http_body import read_body
-from kvcore.process.http_client import operators_session, processes_session
 from kvcore.telemetry import log_fields
 from kvcore.trust.opening import ClusterTrust
 from router.admission.limits import AdmissionLimits
 from router.admission.sharing import AdmissionReport, SharedAdmission
 from router.api.responses import JsonReply
 from router.processes.limits import ProcessLimits
+from router.processes.posting import posting
 from router.processes.reports import OWN
 
 LOAD = f"{OWN}/load"
 _log = logging.getLogger("router")
-Send = Callable[[str, bytes], Awaitable[None]]
+Send = Callable[[str, bytes], Awaitable[object]]
 """Posts a body to another router's URL. Raises what aiohttp does."""
 
 
@@ -51,17 +51,10 @@ async def share_load(
 ) -> None:
     """Each of the others by itself: one that hangs delays nobody. `apart`: they are processes with ports of their own.
     Runs until cancelled."""
-    timeout = aiohttp.ClientTimeout(total=process_limits.ask_s)
-    made = processes_session if apart else operators_session
-    async with made(trust=trust, timeout=timeout) as session, asyncio.TaskGroup() as tasks:
-
-        async def send(url: str, body: bytes) -> None:
-            async with session.post(url, data=body) as reply:
-                if reply.status != 200:
-                    raise aiohttp.ClientError(f"HTTP {reply.status}")
-
+    others = posting(trust, apart=apart, timeout_s=process_limits.ask_s)
+    async with others as post, asyncio.TaskGroup() as tasks:
         for url in urls:
-            tasks.create_task(tell_load(shared, f"{url}{LOAD}", send, limits))
+            tasks.create_task(tell_load(shared, f"{url}{LOAD}", post, limits))
         tasks.create_task(_say(shared, limits))
 
 

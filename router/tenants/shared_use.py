@@ -115,13 +115,17 @@ class SharedUse:
         were asked: somebody must be the first to take of what is left.
 
         What ended at another router may make room for a request: that is asked before it is refused."""
-        limits, now = self._keys.ring.limits(tenant), self._clock.now()
-        use, others = self.uses.of(tenant, limits, now), [one for one in self.others if one.reached]
-        if not others or (limits.concurrency is None and use.requests is None and use.tokens is None):
+        others = [one.told for one in self.others if one.reached]
+        if not others:
             return True
-        if any(one.told is None for one in others):
+        limits, now = self._keys.ring.limits(tenant), self._clock.now()
+        use = self.uses.of(tenant, limits, now)
+        if limits.concurrency is None and use.requests is None and use.tokens is None:
+            return True
+        told = [totals.get(tenant, _NOTHING) for totals in others if totals is not None]
+        if len(told) < len(others):
             return False
-        own, told = self._own.get(tenant, _NOTHING), [(one.told or {}).get(tenant, _NOTHING) for one in others]
+        own = self._own.get(tenant, _NOTHING)
         if _is_too_much(use.requests, want.requests, now) or _is_too_much(use.tokens, want.tokens, now):
             return True
 

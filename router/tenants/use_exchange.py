@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -14,18 +14,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvcore.errors import InvalidRequestError, KVFerryError
 from kvcore.process.http_body import read_body
-from kvcore.process.http_client import operators_session, processes_session
 from kvcore.telemetry import log_fields
 from kvcore.trust.opening import ClusterTrust
 from router.api.http_errors import reply_of
 from router.api.responses import JsonReply
+from router.processes.posting import Post, posting
 from router.tenants.limits import GateLimits
 from router.tenants.shared_use import OtherRouter, SharedUse, UseReport
 
 PATH = "/v1/tenants/use"
 _log = logging.getLogger("router")
-Post = Callable[[str, bytes], Awaitable[bytes]]
-"""Posts a body to a URL; the answer's. Raises what aiohttp does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +135,5 @@ class UseExchange:
 
 async def exchange_use(exchange: UseExchange, trust: ClusterTrust, limits: GateLimits, *, apart: bool = False) -> None:
     """`apart`: the others are processes with ports of their own. Runs until cancelled."""
-    timeout = aiohttp.ClientTimeout(total=limits.tell_timeout_s)
-    made = processes_session if apart else operators_session
-    async with made(trust=trust, timeout=timeout) as session:
-
-        async def post(url: str, body: bytes) -> bytes:
-            async with session.post(url, data=body) as reply:
-                if reply.status != 200:
-                    raise aiohttp.ClientError(f"HTTP {reply.status}")
-                return await reply.read()
-
+    async with posting(trust, apart=apart, timeout_s=limits.tell_timeout_s) as post:
         await exchange.run(post)

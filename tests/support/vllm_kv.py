@@ -2,9 +2,13 @@
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+
+from engines.vllm.connector.blocks.block_layout import BlockLayout
+from engines.vllm.connector.blocks.device_blocks import DeviceEvent
+from engines.vllm.connector.blocks.kv_blocks import KVBlocks
 
 BLOCK, HEADS, HEAD_DIM, LAYERS = 4, 2, 8, 3
 CPU = torch.device("cpu")
@@ -41,6 +45,18 @@ def block_bytes(caches: Mapping[str, torch.Tensor], block_id: int) -> list[bytes
     """A block's content, layer by layer, in the logical order whatever the layout."""
     layers = sorted(caches, key=lambda name: int(name.split(".")[2]))
     return [bytes(caches[name][block_id].contiguous().view(torch.uint8).flatten().tolist()) for name in layers]
+
+
+def span_bytes(layout: BlockLayout, block_ids: Sequence[int]) -> bytes:
+    """The blocks' bytes in a payload's order, read one span after the other."""
+    spans = [span for block_id in block_ids for span in layout.spans(block_id)]
+    return b"".join(layout.storages[storage][start:end].cpu().numpy().tobytes() for storage, start, end in spans)
+
+
+async def payload(blocks: KVBlocks, block_ids: Sequence[int], after: DeviceEvent | None = None) -> bytes:
+    """What is read of blocks."""
+    async with blocks.reading(block_ids, after) as views:
+        return b"".join(views)
 
 
 class CheckedEvent:

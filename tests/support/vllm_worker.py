@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from support.store_fakes import World
-from support.vllm_kv import BLOCK, CPU, kv_caches
+from support.vllm_kv import BLOCK, CPU, kv_caches, span_bytes
 
 from engines.vllm.connector.blocks.block_layout import BlockLayout, measure
 from engines.vllm.connector.blocks.kv_blocks import HostBlocks
@@ -252,9 +252,7 @@ class Engine:
 
     def content(self, *block_ids: int) -> bytes:
         """The blocks' bytes, in a payload's order."""
-        spans = [span for block_id in block_ids for span in self.layout.spans(block_id)]
-        memory = [storage.cpu().numpy() for storage in self.layout.storages]
-        return b"".join(memory[storage][start:end].tobytes() for storage, start, end in spans)
+        return span_bytes(self.layout, block_ids)
 
 
 def place(number: int, *block_ids: int, num_tokens: int | None = None) -> ChunkPlace:

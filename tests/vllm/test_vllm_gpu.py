@@ -86,13 +86,7 @@ async def test_an_engine_takes_the_main_memory_that_the_doctor_reckons(subject: 
     engine = engine_of(subject.config, subject.config.nodes["decode-0"])
     reckoned = host_bytes(engine, subject.config.model, installed_vllm(), CHUNK)
     parts = {process.pid: process.memory_full_info().pss for process in engine_processes(subject, "decode-0")}
-    print(f"MEMORY {sum(parts.values()) >> 20} MiB in {len(parts)} processes, reckoned {reckoned >> 20} MiB")
-    for process in engine_processes(subject, "decode-0"):
-        info = process.memory_full_info()
-        print(
-            "MEMORY", process.pid, process.name(), process.cmdline()[:4], f"pss {info.pss >> 20} rss {info.rss >> 20}"
-        )
-    assert sum(parts.values()) <= reckoned
+    assert sum(parts.values()) <= reckoned, parts
 
 
 async def test_a_killed_core_takes_its_group_along_and_the_next_engine_finds_the_kv(

@@ -7,10 +7,10 @@ import pytest
 import torch
 from support.gpus import cuda_device
 from support.transfer_rigs import REMOTE, Rig
-from support.vllm_kv import BLOCK, LAYOUTS, CheckedStreams, kv_caches
+from support.vllm_kv import BLOCK, LAYOUTS, CheckedStreams, kv_caches, payload, span_bytes
 from support.vllm_worker import PLACES, place, shared_world, stored
 
-from engines.vllm.connector.blocks.block_layout import BlockLayout, ByteRange, measure
+from engines.vllm.connector.blocks.block_layout import ByteRange, measure
 from engines.vllm.connector.blocks.device_blocks import CudaStreams, DeviceBlocks
 from engines.vllm.connector.blocks.kv_blocks import build_blocks
 from engines.vllm.connector.blocks.packed_blocks import PackedBlocks
@@ -23,12 +23,6 @@ BUSY_CYCLES = 300_000_000
 ON_DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def span_bytes(layout: BlockLayout, block_ids: list[int]) -> bytes:
-    """The blocks' bytes, read one span after the other."""
-    spans = [span for block_id in block_ids for span in layout.spans(block_id)]
-    return b"".join(layout.storages[storage][start:end].cpu().numpy().tobytes() for storage, start, end in spans)
-
-
 def fill(views: list[memoryview], content: bytes) -> None:
     """Put `content` into the views, one after the other."""
     at = 0
@@ -39,11 +33,6 @@ def fill(views: list[memoryview], content: bytes) -> None:
 
 def random_bytes(size: int) -> bytes:
     return torch.randint(0, 256, (size,), dtype=torch.uint8).numpy().tobytes()
-
-
-async def payload(blocks: DeviceBlocks, block_ids: list[int], after: object) -> bytes:
-    async with blocks.reading(block_ids, after) as views:
-        return b"".join(views)
 
 
 class Subject:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 import torch
-from support.vllm_kv import BLOCK, HEAD_DIM, HEADS, LAYERS, LAYOUTS, CheckedStreams, block_bytes, kv_caches
+from support.vllm_kv import BLOCK, HEAD_DIM, HEADS, LAYERS, LAYOUTS, CheckedStreams, block_bytes, kv_caches, payload
 
 from engines.vllm.connector.blocks.block_layout import measure
 from engines.vllm.connector.blocks.device_blocks import DeviceBlocks
@@ -20,11 +20,6 @@ BLOCK_BYTES = LAYERS * HEADS * BLOCK * 2 * HEAD_DIM * 4
 
 def layout_of(caches, num_blocks=NUM_BLOCKS):
     return measure(caches, num_blocks=num_blocks, block_size=BLOCK)
-
-
-async def payload(blocks, block_ids, after=None) -> bytes:
-    async with blocks.reading(block_ids, after) as views:
-        return b"".join(views)
 
 
 def fill(views, number: int) -> None:
